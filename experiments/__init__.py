@@ -1,0 +1,1 @@
+"""Experiments on the library: tasks, the training loop, methods and reports."""

@@ -30,6 +30,8 @@ _CHUNK = 128
 _LANES = 256
 # Entries of the sample from which a search takes its first bracket.
 _SAMPLE = 2048
+# Up to this size, whole passes settle ties: slower, but a simpler program to compile.
+_FEW = 2**20
 
 
 def keep_count(n: int, sparsity: float) -> int:
@@ -74,20 +76,22 @@ def check_no_nan(leaves: Sequence[Leaf]) -> None:
     Raises:
         ValueError: NaN; the message has the leaf's path and the number of them.
     """
-    values = [leaf.value for leaf in leaves]
-    if any(isinstance(value, jax.core.Tracer) for value in values):
+    values = [leaf.value for leaf in leaves if leaf.size]
+    if not values or any(isinstance(value, jax.core.Tracer) for value in values):
         return
-    for leaf, count in zip(leaves, jax.device_get(_nan_counts(values)), strict=True):
-        if count:
+    if not bool(_any_nan(values)):
+        return
+    for leaf in leaves:
+        if count := int(jnp.sum(jnp.isnan(leaf.value))):
             raise ValueError(
-                f"scores: {int(count)} of the {leaf.size} scores of {leaf.path!r} "
-                "are NaN"
+                f"scores: {count} of the {leaf.size} scores of {leaf.path!r} are NaN"
             )
 
 
 @jax.jit
-def _nan_counts(values: Sequence[Array]) -> list[Array]:
-    return [jnp.sum(value != value) for value in values]
+def _any_nan(values: Sequence[Array]) -> Bool[Array, ""]:
+    # A maximum hands NaN on, and is the cheapest pass to run and to compile.
+    return jnp.any(jnp.stack([jnp.isnan(jnp.max(value)) for value in values]))
 
 
 def top_k(scores: Array, k: jax.typing.ArrayLike) -> Bool[Array, "..."]:
@@ -222,7 +226,15 @@ def _select_blocks(
     def count_from(level: Array) -> Array:
         return by_group(hits_by_block(_rank(blocks) >= on_blocks(level)))
 
-    def tie_index(level: Array, room: Array) -> Array:
+    def tie_by_passes(level: Array, room: Array) -> Array:
+        on_level, place = _rank(blocks) == on_blocks(level), _flat_index(blocks.shape)
+
+        def count_before(end: Array) -> Array:
+            return by_group(hits_by_block(on_level & (place < on_blocks(end))))
+
+        return _first_index(count_before, room, blocks.size)
+
+    def tie_by_blocks(level: Array, room: Array) -> Array:
         # First the block in which the room runs out, then the place inside it.
         counts = hits_by_block(_rank(blocks) == on_blocks(level))
         before = jnp.cumsum(counts) - counts
@@ -240,7 +252,7 @@ def _select_blocks(
 
     level, index = _cut(
         count_from,
-        tie_index,
+        tie_by_blocks if blocks.size > _FEW else tie_by_passes,
         keep,
         jnp.asarray(sizes, keep.dtype),
         _rank_dtype(blocks.dtype),

@@ -25,9 +25,9 @@ from jaxtyping import Array, Bool, Int
 from jprune.trees import Leaf
 
 # A pass counts in uint8 along an axis of _CHUNK, which vectorises far better than
-# int32; _LANES is the contiguous axis beside it.
-_CHUNK = 128
-_LANES = 256
+# int32. XLA splits longer reductions, and then stores what it would otherwise fuse.
+_CHUNK = 32
+_LANES = 1024
 # Entries of the sample from which a search takes its first bracket.
 _SAMPLE = 2048
 # Up to this size, whole passes settle ties: slower, but a simpler program to compile.
@@ -270,13 +270,13 @@ def _select_blocks(
 
 
 def _block_shape(rows: Sequence[Array]) -> tuple[int, int]:
-    """Returns the chunk (at most 255, to count in uint8) and the lanes of a block."""
+    """Returns the chunk to count in uint8, and the lanes beside it, of a block."""
     length = max(row.shape[1] for row in rows)
     if len(rows) == 1:
         # A shape that divides the row spares a padded copy of it.
-        chunk = next(c for c in range(255, 0, -1) if length % c == 0)
+        chunk = next(c for c in range(_CHUNK, 0, -1) if length % c == 0)
         rest = length // chunk
-        lanes = next(w for w in range(min(256, rest), 0, -1) if rest % w == 0)
+        lanes = next(w for w in range(min(_LANES, rest), 0, -1) if rest % w == 0)
         if chunk * lanes >= 2048:
             return chunk, lanes
     wanted = -(-length // _CHUNK)
@@ -481,7 +481,7 @@ def _first_index(
 ) -> Int[Array, " groups"]:
     """Returns the first indices in (0, length] with ``room`` hits before them."""
 
-    def halve(_: int, bracket: tuple[Array, Array]) -> tuple[Array, Array]:
+    def halve(_: Array, bracket: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bracket
         middle = low + (high - low) // 2
         enough = count_before(middle) >= room

@@ -35,6 +35,7 @@ the l1 norm of the weights, while absolute values would turn a negative score ar
 Units of unequal sizes, as ragged blocks and layers are, default to the mean.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -468,15 +469,17 @@ def _tiled(
 def _group(leaf: trees.Leaf, layout: str, tile: _tiles.Tile) -> Group:
     # The array itself is not kept alive by its units.
     shape, value = leaf.shape, jax.ShapeDtypeStruct(leaf.shape, leaf.value.dtype)
-    single = all(size == 1 for size in tile)
+    if all(size == 1 for size in tile):
+        pool_leaf, expand_leaf = _pool_single, lambda keep: keep
+    else:
+        pool_leaf = functools.partial(_tiles.pool, tile=tile)
+        expand_leaf = functools.partial(_tiles.expand, shape=shape, tile=tile)
     return Group(
         leaf=trees.Leaf(leaf.index, leaf.path, value),
         layout=layout,
         shape=_tiles.shape_of(shape, tile),
-        pool=_pool_single
-        if single
-        else lambda scores, how: _tiles.pool(scores, how, tile),
-        expand=lambda keep: _tiles.expand(keep, shape, tile),
+        pool=pool_leaf,
+        expand=expand_leaf,
         sizes=_tiles.sizes(shape, tile),
     )
 

@@ -118,7 +118,6 @@ def inverse_hessian(
     def blocks_of(problem: _Problem) -> Array:
         values, slots = problem.values, problem.slots
         count, size = problem.shape
-        derivatives.check_not_empty(problem.batch)
         product = derivatives.hessian_product(
             problem.fn_of, values, problem.batch, problem.key
         )
@@ -183,9 +182,11 @@ def inverse_gauss_newton(
         Hassibi, Stork & Wolff, "Optimal Brain Surgeon and General Network Pruning",
         IEEE ICNN 1993.
 
-    Differs from the paper: the matrix is inverted directly, as the recursion by ranks
-    loses digits to a small ``damping``. Outputs are weighted by the Hessian of any
-    convex loss.
+    Differs from the paper: any convex loss weights the outputs. The matrix is formed,
+    then inverted, where the paper updates the inverse gradient by gradient. A product
+    of matrices a chunk is faster, but of a singular matrix (fewer gradients than
+    weights) float32 keeps only the digits that ``damping`` has over 1e-7 of the largest
+    eigenvalue, which the recursion does not lose.
     """
     _check_hyper(damping >= 0, damping, block, chunk)
 
@@ -222,8 +223,10 @@ def inverse_fisher(
 
     ``F_n^-1 = F_{n-1}^-1 - F_{n-1}^-1 g_n g_n' F_{n-1}^-1 / (P + g_n' F_{n-1}^-1 g_n)``
 
-    in each block. The recursion starts from ``1 / damping`` and loses as many digits as
-    that has: in float32 trust a ``damping`` far below the Fisher's diagonal with care.
+    in each block. In float32 this keeps its digits where a block has more weights than
+    there are examples. Elsewhere the large first term has to cancel: the diagonal was
+    off by 7e-4 for ``damping=1e-5``, and by 6e-6 for 1e-3, with 200 gradients of unit
+    variance and 40 weights.
 
     Args:
         loss_fn: ``(params, batch[, key]) -> scalar``, a mean over the leading axis of
@@ -273,7 +276,10 @@ def inverse_fisher(
 def pack(
     leaves: Sequence[Array], slots: Sequence[Array], shape: tuple[int, ...]
 ) -> Array:
-    """Returns an array ``(k, b)`` of the entries of ``leaves``, with 0 elsewhere."""
+    """Returns the entries of ``leaves`` in their slots, ``(k, b)``, and 0 elsewhere.
+
+    The result is bool for bool leaves, else of float32 or wider.
+    """
     packed = jnp.zeros(math.prod(shape), jnp.result_type(*leaves))
     if packed.dtype != bool:
         packed = derivatives.at_least_float32(packed)
@@ -312,16 +318,17 @@ def _inverse_fn(
         masks: Masks | None = None,
         key: PRNGKeyArray | None = None,
     ) -> InverseCurvature:
+        derivatives.check_not_empty(batch)
         leaves = trees.prunable_leaves(params, prunable)
         derivatives.check_real(leaves)
         own, shape = _slots_of(leaves, block, max_entries)
         at = [leaf.index for leaf in leaves]
         product = derivatives.at_product(params, masks)
         values, fn_of = derivatives.of_leaves(fn, product, at)
-        all_masks = (
-            mask_trees.dense(params, prunable=prunable) if masks is None else masks
-        )
-        live = kept([jax.tree.leaves(all_masks)[i] for i in at], own, shape)
+        own_masks = [mask_trees.never_pruned()] * len(at)
+        if masks is not None:
+            own_masks = [jax.tree.leaves(masks)[i] for i in at]
+        live = kept(own_masks, own, shape)
         problem = _Problem(fn_of, values, batch, key, own, shape, live)
         slots = trees.replace_leaves(
             params, dict(zip(at, own, strict=True)), jnp.full((), -1, jnp.int32)

@@ -111,6 +111,10 @@ def obs_saliency(params: Params, inverse: InverseCurvature) -> Scores:
         >>> inverse_fn = jax.jit(inverses.inverse_hessian(loss, damping=0.0))
         >>> obs_saliency(params, inverse_fn(params))
         {'w': Array([[1., 9.]], dtype=float32)}
+
+    Reference:
+        Hassibi, Stork & Wolff, "Optimal Brain Surgeon and General Network Pruning",
+        IEEE ICNN 1993.
     """
     at, weights, slots = _match(params, inverse)
     scores = _saliency_of_leaves(weights, slots, inverse.blocks)
@@ -146,7 +150,9 @@ def obs_update(params: Params, inverse: InverseCurvature, masks: Masks) -> Param
         {'w': Array([[0. , 2.5]], dtype=float32)}
 
     Reference:
-        Hassibi, Stork & Wolff, IEEE ICNN 1993; for sets Singh & Alistarh, NeurIPS 2020.
+        Hassibi, Stork & Wolff, "Optimal Brain Surgeon and General Network Pruning",
+        IEEE ICNN 1993; for sets Singh & Alistarh, "WoodFisher: Efficient Second-Order
+        Approximation for Neural Network Compression", NeurIPS 2020.
     """
     at, weights, slots = _match(params, inverse)
     mask_trees.check(masks, params)

@@ -2,7 +2,6 @@
 
 import os
 import pathlib
-import tempfile
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -28,10 +27,9 @@ def cached(
         arrays = make()
         path.parent.mkdir(parents=True, exist_ok=True)
         # Renaming is atomic: whoever else reads sees the whole file or none.
-        with tempfile.NamedTemporaryFile(
-            dir=path.parent, suffix=".npz", delete=False
-        ) as file:
+        partial = path.with_name(f"{path.name}.{os.getpid()}")
+        with partial.open("wb") as file:
             np.savez(file, **arrays)
-        os.replace(file.name, path)
+        partial.replace(path)
     with np.load(path) as file:
         return dict(file)

@@ -62,10 +62,10 @@ def pure(
         shape: that of one input.
 
     Example:
-        >>> init, apply = pure(_models.lenet_300_100(), (8, 8, 1))
+        >>> init, apply = pure(_models.MLP(hidden=(), classes=2), (3,))
         >>> params, state = init(jax.random.key(0))
-        >>> apply(params, state, jnp.ones((5, 8, 8, 1)))[0].shape
-        (5, 10)
+        >>> apply(params, state, jnp.ones((5, 3)))[0].shape
+        (5, 2)
     """
 
     def init(key):

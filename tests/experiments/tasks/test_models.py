@@ -1,5 +1,6 @@
 """Shapes and exact numbers of parameters, by hand or from the papers."""
 
+import functools
 import itertools
 
 import jax
@@ -85,6 +86,7 @@ PUBLISHED = {
 }
 
 
+@functools.cache
 def variables_of(model, shape):
     init, _ = _image.pure(model, shape)
     return jax.eval_shape(init, jax.random.key(0))

@@ -99,7 +99,12 @@ def expand(
     """
     for axis, (n, size) in enumerate(zip(shape, tile, strict=True)):
         if size > 1 and keep.shape[axis] > 1:
-            keep = lax.slice_in_dim(jnp.repeat(keep, size, axis), 0, n, axis=axis)
+            before, count, after = _around(keep, axis)
+            tiled = jnp.broadcast_to(
+                jnp.expand_dims(keep, axis + 1), (*before, count, size, *after)
+            )
+            keep = tiled.reshape(*before, count * size, *after)
+            keep = lax.slice_in_dim(keep, 0, n, axis=axis)
     return keep
 
 
@@ -127,8 +132,12 @@ def largest(scores: Array, n: int, m: int, axis: int) -> Bool[Array, "..."]:
 
 def _split(values: Array, axis: int, size: int, padding: float) -> Shaped[Array, "..."]:
     """Cuts an axis into two, (blocks, size), filling up the last block."""
-    before, n, after = values.shape[:axis], values.shape[axis], values.shape[axis + 1 :]
+    before, n, after = _around(values, axis)
     if n % size:
         widths = [(0, -n % size if a == axis else 0) for a in range(values.ndim)]
         values = jnp.pad(values, widths, constant_values=padding)
     return values.reshape(*before, -(-n // size), size, *after)
+
+
+def _around(values: Array, axis: int) -> tuple[tuple[int, ...], int, tuple[int, ...]]:
+    return values.shape[:axis], values.shape[axis], values.shape[axis + 1 :]

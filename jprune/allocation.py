@@ -39,7 +39,7 @@ Floor = float | int | Mapping[str, float | int]
 
 # exp of either end is a finite float64, and so many halvings exhaust its precision.
 _LOG_RANGE = 700.0
-_BISECTIONS = 80
+_BISECTIONS = 64
 
 _STACK_INDEX = re.compile(r"\[\d+\]$")
 

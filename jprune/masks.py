@@ -101,12 +101,10 @@ def check(masks: Masks, params: Params) -> None:
             _difference([x.path for x in leaves], [x.path for x in owners])
         )
     for mask, owner in zip(leaves, owners, strict=True):
-        if (
-            not isinstance(mask.value, bool)
-            and getattr(mask.value, "dtype", None) != bool
-        ):
+        if jnp.result_type(mask.value) != jnp.bool_:
             raise TypeError(
-                f"masks: the leaf {mask.path!r} is {mask.value!r:.60}; masks are bool"
+                f"masks: the leaf {mask.path!r} has dtype "
+                f"{jnp.result_type(mask.value)}; masks are bool"
             )
         fits = len(mask.shape) == len(owner.shape) and all(
             size in (1, full)

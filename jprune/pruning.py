@@ -201,7 +201,7 @@ def prune_iteratively(
 def _run_rounds(
     params: Params,
     batch: Batch,
-    by_round: tuple[Array, Batch, PRNGKeyArray | None],
+    by_round: tuple[Array, Batch, Array | None],
     floors: Array | None,
     *,
     score_fn: ScoreFn,

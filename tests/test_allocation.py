@@ -2,8 +2,9 @@
 
 Mutations that these tests catch: densities solved without clamping at 1, the budget of
 dense layers not taken off, counts rounded by largest remainder of the densities (a
-smaller budget then gives some layers more), ties to the higher index, LAMP's sum without the score itself or over the smaller scores, the fan of an
-OIHW kernel read from its last two axes.
+smaller budget then gives some layers more), ties to the higher index, LAMP's sum
+without the score itself or over the smaller scores, the fan of an OIHW kernel read from
+its last two axes.
 """
 
 import itertools
@@ -11,7 +12,6 @@ import json
 import math
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -163,7 +163,7 @@ def weights_of(net):
 
 
 def test_lamp_scores():
-    normalize = jax.jit(allocation.lamp().normalize)
+    normalize = allocation.lamp().normalize
     with np.load(GOLDEN / "after_training.npz") as data:
         for path, w in weights_of("conv").items():
             np.testing.assert_allclose(
@@ -190,6 +190,7 @@ def test_lamp_counts(net):
 
 
 @pytest.mark.parametrize("name", PER_LAYER)
+@settings(deadline=None, max_examples=30)
 @given(layers=layer_lists(), part=st.floats(0, 1))
 def test_counts_are_exact_and_within_the_layers(name, layers, part):
     sizes = sizes_of(layers)
@@ -205,6 +206,7 @@ def test_counts_are_exact_and_within_the_layers(name, layers, part):
 
 
 @pytest.mark.parametrize("name", PER_LAYER)
+@settings(deadline=None, max_examples=30)
 @given(layers=layer_lists(), floor=st.integers(0, 2), data=st.data())
 def test_a_smaller_budget_gives_no_layer_more(name, layers, floor, data):
     rule = allocation.with_floor(PER_LAYER[name](), floor)
@@ -227,6 +229,7 @@ def test_budgets_of_a_schedule_are_nested(name):
 
 
 @pytest.mark.parametrize("name", PER_LAYER)
+@settings(deadline=None, max_examples=30)
 @given(layers=layer_lists(), parts=st.tuples(st.floats(0, 1), st.floats(0, 1)))
 def test_densities_rise_with_the_budget(name, layers, parts):
     low, high = sorted(round(p * sizes_of(layers).sum()) for p in parts)
@@ -236,6 +239,7 @@ def test_densities_rise_with_the_budget(name, layers, parts):
 
 
 @pytest.mark.parametrize("name", PER_LAYER)
+@settings(deadline=None, max_examples=30)
 @given(layers=layer_lists(), data=st.data())
 def test_floors_and_exemptions(name, layers, data):
     sizes = sizes_of(layers)
@@ -257,6 +261,7 @@ def test_floors_and_exemptions(name, layers, data):
     assert np.all((least <= counts) & (counts <= sizes))
 
 
+@settings(deadline=None, max_examples=30)
 @given(layers=layer_lists(), part=st.floats(0.01, 0.99))
 def test_proportional_rules_share_one_multiplier(layers, part):
     layers = [x for x in layers if x.size] or [layer("l", (3, 3))]
@@ -274,6 +279,7 @@ def test_proportional_rules_share_one_multiplier(layers, part):
             assert np.all(multiplier[~free] <= multiplier[free][0] * (1 + 1e-9))
 
 
+@settings(deadline=None, max_examples=30)
 @given(layers=layer_lists(structured=False), part=st.floats(0.01, 0.99))
 def test_ideal_gas_law(layers, part):
     layers = [x for x in layers if x.size] or [layer("l", (3, 3))]
@@ -363,8 +369,8 @@ def problems(draw):
     return targets, caps, floors, total
 
 
+@settings(deadline=None, max_examples=30)
 @given(problems())
-@settings(max_examples=300)
 def test_apportion_is_exact_and_bounded(problem):
     _, caps, floors, total = problem
     counts = allocation.apportion(*problem)
@@ -372,6 +378,7 @@ def test_apportion_is_exact_and_bounded(problem):
     assert np.all((floors <= counts) & (counts <= caps))
 
 
+@settings(deadline=None, max_examples=30)
 @given(
     sizes=st.lists(st.integers(1, 12), min_size=1, max_size=4),
     part=st.floats(0, 1),
@@ -425,11 +432,11 @@ def test_large_layers_are_counted_exactly():
 # LAMP.
 
 
+@settings(deadline=None, max_examples=30)
 @given(
     st.lists(st.floats(0, 2.0**60, width=32), min_size=20, max_size=20),
     st.floats(2.0**-60, 2.0**60, width=32),
 )
-@settings(deadline=None)
 def test_lamp_law(values, scale):
     scores = np.array(values, np.float32) * np.float32(scale)
     found = np.asarray(allocation.lamp().normalize(jnp.asarray(scores)))

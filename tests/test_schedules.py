@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jprune import schedules
@@ -48,6 +48,7 @@ fractions = st.floats(0.0, 0.999)
 
 
 @pytest.mark.parametrize("ramp", RAMPS)
+@settings(deadline=None, max_examples=40)
 @given(
     sparsity=fractions,
     initial=fractions,
@@ -67,6 +68,7 @@ def test_ramps_follow_their_formula(ramp, sparsity, initial, steps, start, data)
 
 
 @pytest.mark.parametrize("ramp", ALL)
+@settings(deadline=None, max_examples=40)
 @given(sparsity=st.floats(0.5, 0.9999), steps=st.integers(1, 10**6))
 def test_the_end_is_exact(ramp, sparsity, steps):
     schedule = ramp(sparsity, steps=steps, start=3)
@@ -198,6 +200,7 @@ def test_the_target_that_the_reference_misses():
     assert ours.sparsity(25) == 0.9
 
 
+@settings(deadline=None, max_examples=40)
 @given(
     start=st.integers(0, 50),
     length=st.integers(0, 100),

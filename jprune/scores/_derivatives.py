@@ -73,7 +73,7 @@ def of_leaves(
         and a.default is a.empty
     ]
 
-    def fn_of(values: Sequence[Array], batch: Any, key: PRNGKeyArray | None) -> Array:
+    def fn_of(values: Sequence[Array], batch: Any, key: PRNGKeyArray | None) -> Any:
         at = dict(zip(indices, values, strict=True))
         new = trees.replace_leaves(params, at, lambda leaf: leaf)
         if key is not None and len(required) > 2:

@@ -36,10 +36,11 @@ def synflow(apply_fn: ApplyFn) -> ScoreFn:
     *Overflow.* R grows with every layer, to 2^229 for a ResNet-56 of width 16. Where it
     exceeds 2^100, the inputs and all that is added to the signal (leaves named
     ``bias``, ``b``, ``beta``, ``offset``, ``shift`` or ``mean``; without a name, those
-    of rank 1) are scaled down by a power of two, and so is the derivative. In a positive network R is
-    linear in these together, so the scores are scaled by a power of two and nothing
-    else, and no ranking changes. This serves up to about 2^240 in float32. Beyond, the
-    scores are NaN, not silently wrong.
+    of rank 1) are scaled down by a power of two, and so is the derivative. In a
+    positive network R is linear in these together, so the scores are scaled by a power
+    of two and nothing else, and no ranking changes. This serves up to about 2^240 in
+    float32, where scores 2^120 below the largest vanish. Beyond, the scores are NaN,
+    not silently wrong.
 
     *BatchNorm.* ``apply_fn`` must use stored statistics: those of a batch of ones would
     destroy the flow. Statistics among ``params`` are made absolute with all else, as in
@@ -80,7 +81,7 @@ def synflow(apply_fn: ApplyFn) -> ScoreFn:
         positive = jax.tree.map(_absolute, derivatives.at_product(params, masks))
         values, apply_of = derivatives.of_leaves(apply_fn, positive, indices)
         additive = _additive(params)
-        ones = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), batch)
+        ones = jax.tree.map(jnp.ones_like, batch)
 
         def flow(values: list[Array], scale: Array) -> Array:
             scaled = [

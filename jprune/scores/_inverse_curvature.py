@@ -264,9 +264,9 @@ def inverse_fisher(
         update = functools.partial(_woodbury, count=size)
 
         def add(blocks: Array, rows: list[Array]) -> Array:
-            living = jnp.where(problem.live[None], _pack_rows(rows, problem), 0)
-            return jax.lax.scan(update, blocks, living)[0]
+            return jax.lax.scan(update, blocks, _pack_rows(rows, problem))[0]
 
+        # A row and column of zeros, those of a removed weight, stay so in each update.
         start = jax.vmap(jnp.diag)(problem.live.astype(problem.dtype) / damping)
         return _fold(add, start, derivatives.fisher_rows, problem, chunk)
 
@@ -327,7 +327,7 @@ def _inverse_fn(
         values, fn_of = derivatives.of_leaves(fn, product, at)
         own_masks = [mask_trees.never_pruned()] * len(at)
         if masks is not None:
-            own_masks = [jax.tree.leaves(masks)[i] for i in at]
+            own_masks = [jnp.asarray(jax.tree.leaves(masks)[i]) for i in at]
         live = kept(own_masks, own, shape)
         problem = _Problem(fn_of, values, batch, key, own, shape, live)
         slots = trees.replace_leaves(

@@ -162,7 +162,7 @@ def obs_update(params: Params, inverse: InverseCurvature, masks: Masks) -> Param
                 f"masks: the leaf {mask.path!r} has a mask of shape {mask.shape} but "
                 "no inverse; make it prunable there, or give a mask of shape ()"
             )
-    own = [jax.tree.leaves(masks)[i] for i in at]
+    own = [jnp.asarray(jax.tree.leaves(masks)[i]) for i in at]
     new = _remove_set(weights, slots, inverse.blocks, own)
     return trees.replace_leaves(params, dict(zip(at, new, strict=True)), _same)
 
@@ -247,7 +247,8 @@ def _match(
                 f"parameter {leaves[own.index].shape}"
             )
     at = [own.index for own in slots]
-    return at, [leaves[i].value for i in at], [own.value for own in slots]
+    weights = [jnp.asarray(leaves[i].value) for i in at]
+    return at, weights, [jnp.asarray(own.value) for own in slots]
 
 
 def _saliency(

@@ -1,6 +1,7 @@
 """Criteria that read the weights alone."""
 
 import zlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +44,7 @@ def magnitude(
     """
     del batch, key
 
-    def score(w: Array) -> Array:
+    def score(w: Any) -> Array:
         return jnp.abs(w) if trees.is_inexact(w) else jnp.zeros(())
 
     return jax.tree.map(score, derivatives.at_product(params, masks))

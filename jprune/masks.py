@@ -42,7 +42,7 @@ def dense(params: Params, *, prunable: Prunable = None) -> Masks:
         {'bias': (), 'kernel': (2, 3)}
     """
     leaves = trees.prunable_leaves(params, prunable)
-    full = {leaf.index: jnp.ones(leaf.shape, bool) for leaf in leaves}
+    full = {leaf.place: jnp.ones(leaf.shape, bool) for leaf in leaves}
     return trees.replace_leaves(params, full, never_pruned())
 
 
@@ -54,7 +54,7 @@ def from_zeros(params: Params, *, prunable: Prunable = None) -> Masks:
         Array([[False,  True]], dtype=bool)
     """
     leaves = trees.prunable_leaves(params, prunable)
-    nonzero = {leaf.index: leaf.value != 0 for leaf in leaves}
+    nonzero = {leaf.place: leaf.value != 0 for leaf in leaves}
     return trees.replace_leaves(params, nonzero, never_pruned())
 
 
@@ -360,7 +360,7 @@ def summary(masks: Masks, params: Params | None = None) -> str:
     owners = trees.leaves_of(masks if params is None else params)
     kept = {path: int(n) for path, n in counts(masks, params).items()}
     total = sizes(masks, params)
-    rows = [("leaf", "shape", "kept", "of", "density")]
+    rows: list[tuple[str, ...]] = [("leaf", "shape", "kept", "of", "density")]
     for owner in owners:
         if owner.path in total:
             shape, size = str(owner.shape), total[owner.path]

@@ -167,9 +167,6 @@ def prune_iteratively(
             f"keep: {budgets} rises, but without revive=True masks are nested"
         )
     counts = np.stack([_counts(plan, budget) for budget in budgets])
-    if not revive:
-        # Rounded shares of a falling budget may rise by one; the last round is exact.
-        counts = np.maximum.accumulate(counts[::-1])[::-1]
     if batches is not None:
         _check_batches(batch, batches, len(budgets))
     keys = None if key is None else jax.random.split(key, len(budgets))
@@ -335,15 +332,18 @@ def _floors(plan: _Plan) -> Int[Array, " layers"] | None:
 
 
 def _budget(plan: _Plan, sparsity: Sparsity | None, keep: int | None) -> int:
-    if (sparsity is None) == (keep is None):
-        raise ValueError(
-            f"sparsity, keep: give one of them, got {sparsity!r} and {keep!r}"
-        )
-    if keep is not None:
-        return operator.index(keep)
     if plan.allocation.budget is not None:
+        if keep is not None or isinstance(sparsity, float):
+            raise ValueError(
+                "sparsity, keep: the table of sparsities fixes the budget, got "
+                f"{sparsity!r} and {keep!r}"
+            )
         return plan.allocation.budget(plan.layers)
-    return selection.keep_count(plan.size, sparsity)
+    if keep is not None and sparsity is None:
+        return operator.index(keep)
+    if keep is None and isinstance(sparsity, (float, int)):
+        return selection.keep_count(plan.size, sparsity)
+    raise ValueError(f"sparsity, keep: give one of them, got {sparsity!r} and {keep!r}")
 
 
 def _counts(plan: _Plan, budget: int) -> np.ndarray:
@@ -394,7 +394,7 @@ def _living(units: Units, tree: PyTree, masks: Masks) -> list[Array]:
     found = trees.leaves_of(masks)
     return [
         group.pool(
-            jnp.broadcast_to(found[group.leaf.index].value, group.leaf.shape).astype(
+            jnp.broadcast_to(found[group.leaf.place].value, group.leaf.shape).astype(
                 jnp.float32
             ),
             "max",
@@ -405,9 +405,9 @@ def _living(units: Units, tree: PyTree, masks: Masks) -> list[Array]:
 
 
 def _check_room(
-    units: Units, plan: _Plan, counts: np.ndarray, living: Sequence[Array]
+    units: Units, plan: _Plan, counts: np.ndarray | Array, living: Sequence[Array]
 ) -> None:
-    if any(isinstance(x, jax.core.Tracer) for x in (counts, *living)):
+    if not selection.is_concrete(counts, *living):
         return
     alive = []
     for group, units_alive in zip(units.groups, living, strict=True):
@@ -457,7 +457,7 @@ def _check_batches(batch: Batch, batches: Batch, rounds: int) -> None:
 
 def _leaf_of(tree: PyTree, group: units_lib.Group) -> trees.Leaf:
     leaves = jax.tree.leaves(tree)
-    return group.leaf._replace(value=leaves[group.leaf.index])
+    return group.leaf._replace(value=leaves[group.leaf.place])
 
 
 def _expand(

@@ -15,8 +15,10 @@ decisions of their own: NaN ranks below everything, also minus infinity; -0.0 eq
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -77,7 +79,7 @@ def check_no_nan(leaves: Sequence[Leaf]) -> None:
         ValueError: NaN; the message has the leaf's path and the number of them.
     """
     values = [leaf.value for leaf in leaves if leaf.size]
-    if not values or any(isinstance(value, jax.core.Tracer) for value in values):
+    if not values or not is_concrete(*values):
         return
     if not bool(_suspicious(values)):
         return
@@ -86,6 +88,16 @@ def check_no_nan(leaves: Sequence[Leaf]) -> None:
             raise ValueError(
                 f"scores: {count} of the {leaf.size} scores of {leaf.path!r} are NaN"
             )
+
+
+def is_concrete(*values: Any) -> bool:
+    """Whether no value is traced, so that a decision can be made on the host.
+
+    Example:
+        >>> is_concrete(jnp.ones(2), 3), jax.jit(is_concrete)(1.0).item()
+        (True, False)
+    """
+    return not any(isinstance(value, jax.core.Tracer) for value in values)
 
 
 @jax.jit
@@ -150,7 +162,7 @@ def select(
     """
     stacks = [None] * len(scores) if stacks is None or together else list(stacks)
     total = sum(math.prod(np.shape(score)) for score in scores)
-    if total >= 2**31 and not jax.config.jax_enable_x64:
+    if total >= 2**31 and _count_dtype().itemsize < 8:
         raise ValueError(
             f"scores: {total} of them need 64-bit counts; set jax_enable_x64"
         )
@@ -222,7 +234,7 @@ def _select_blocks(
         return hits.sum(1, dtype=jnp.uint8).sum(1, dtype=keep.dtype)
 
     def on_blocks(values: Array) -> Array:
-        return values[group_of][:, None, None]
+        return jnp.asarray(values)[group_of][:, None, None]
 
     def count_from(level: Array) -> Array:
         return by_group(hits_by_block(_rank(blocks) >= on_blocks(level)))
@@ -340,7 +352,9 @@ def _select_leaves(
         for which, axis in enumerate(stacks):
             others = tuple(i for i in range(arrays[which].ndim) if i != axis)
             counts.append(jnp.sum(hits(which), axis=others, dtype=keep.dtype).ravel())
-        return sum(counts) if together else jnp.concatenate(counts)
+        return (
+            jnp.sum(jnp.stack(counts), axis=0) if together else jnp.concatenate(counts)
+        )
 
     def place(which: int) -> Array:
         return starts[which] + _flat_index(arrays[which].shape)
@@ -509,7 +523,7 @@ def _rank_dtype(dtype: jnp.dtype) -> jnp.dtype:
 
 
 def _count_dtype() -> jnp.dtype:
-    return jnp.dtype("int64" if jax.config.jax_enable_x64 else "int32")
+    return jax.dtypes.canonicalize_dtype(np.int64)
 
 
 def _flat_index(shape: tuple[int, ...]) -> Int[Array, "..."]:

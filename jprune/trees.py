@@ -28,9 +28,9 @@ _NORM_OR_EMBEDDING = re.compile(r"norm|embed|^(bn|ln|gn)_?\d*$|^wte$|^wpe$", re.
 
 
 class Leaf(NamedTuple):
-    """A leaf of a pytree with its place and its path."""
+    """A leaf of a pytree with its place in flattening order and its path."""
 
-    index: int
+    place: int
     path: str
     value: Any
 
@@ -170,7 +170,7 @@ def prunable_leaves(tree: PyTree, prunable: Prunable = None) -> list[Leaf]:
     leaves = [Leaf(i, path_of(keys), value) for i, (keys, value) in enumerate(flat)]
     eligible = [x for x in leaves if is_inexact(x.value) and len(x.shape) > 0]
     accept = _acceptor(prunable, eligible)
-    chosen = [x for x in eligible if accept(x, flat[x.index][0])]
+    chosen = [x for x in eligible if accept(x, flat[x.place][0])]
     if not chosen:
         rule = "the default rule" if prunable is None else f"{prunable!r}"
         raise ValueError(

@@ -109,10 +109,10 @@ def pool(units: Units, scores: Scores) -> list[Array]:
         >>> pool(filters(scores), scores)
         [Array([[4., 7.]], dtype=float32)]
     """
-    found = {leaf.index: leaf for leaf in trees.leaves_of(scores)}
+    found = {leaf.place: leaf for leaf in trees.leaves_of(scores)}
     pooled = []
     for group in units.groups:
-        expected, leaf = group.leaf, found.get(group.leaf.index)
+        expected, leaf = group.leaf, found.get(group.leaf.place)
         if leaf is None or (leaf.path, leaf.shape) != (expected.path, expected.shape):
             raise ValueError(
                 f"scores: {leaf and (leaf.path, leaf.shape)} stands where the leaf "
@@ -153,7 +153,7 @@ def expand(units: Units, tree: PyTree, keeps: Sequence[Bool[Array, "..."]]) -> M
                 f"keeps: the units of {group.leaf.path!r} have shape {group.shape}, "
                 f"the decision {keep.shape}"
             )
-        found[group.leaf.index] = group.expand(keep)
+        found[group.leaf.place] = group.expand(keep)
     return trees.replace_leaves(tree, found, masks.never_pruned())
 
 
@@ -475,7 +475,7 @@ def _group(leaf: trees.Leaf, layout: str, tile: _tiles.Tile) -> Group:
         pool_leaf = functools.partial(_tiles.pool, tile=tile)
         expand_leaf = functools.partial(_tiles.expand, shape=shape, tile=tile)
     return Group(
-        leaf=trees.Leaf(leaf.index, leaf.path, value),
+        leaf=trees.Leaf(leaf.place, leaf.path, value),
         layout=layout,
         shape=_tiles.shape_of(shape, tile),
         pool=pool_leaf,

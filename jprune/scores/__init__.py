@@ -5,6 +5,13 @@ A criterion transforms a function, as ``jax.grad`` does, into a score function
 :func:`random` read no function, and are score functions themselves.
 """
 
+from jprune.scores._curvature import (
+    exact_diagonal,
+    fisher_diagonal,
+    gauss_newton_diagonal,
+    hutchinson_diagonal,
+    obd,
+)
 from jprune.scores._flow import (
     FlowReport,
     effective_masks,
@@ -18,15 +25,36 @@ from jprune.scores._gradient import (
     squared_gradient,
     taylor,
 )
+from jprune.scores._inverse_curvature import (
+    InverseCurvature,
+    inverse_fisher,
+    inverse_gauss_newton,
+    inverse_hessian,
+)
+from jprune.scores._obs import ObsResult, obs, obs_prune, obs_saliency, obs_update
 from jprune.scores._weight import magnitude, random
 
 __all__ = [
     "FlowReport",
+    "InverseCurvature",
+    "ObsResult",
     "accumulate",
     "effective_masks",
+    "exact_diagonal",
+    "fisher_diagonal",
     "flow_report",
+    "gauss_newton_diagonal",
     "grasp",
+    "hutchinson_diagonal",
+    "inverse_fisher",
+    "inverse_gauss_newton",
+    "inverse_hessian",
     "magnitude",
+    "obd",
+    "obs",
+    "obs_prune",
+    "obs_saliency",
+    "obs_update",
     "random",
     "snip",
     "squared_gradient",

@@ -42,7 +42,7 @@ def floating(params: Params) -> list[int]:
     if not chosen:
         raise ValueError("params: none of the leaves is a floating array")
     check_real(chosen)
-    return [leaf.index for leaf in chosen]
+    return [leaf.place for leaf in chosen]
 
 
 def check_real(leaves: Sequence[trees.Leaf]) -> None:

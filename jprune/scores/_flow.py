@@ -182,21 +182,21 @@ def effective_masks(
         if not trees.is_inexact(leaf.value):
             return leaf.value
         value = jnp.asarray(leaf.value)
-        if leaf.index in additive:
+        if leaf.place in additive:
             return jnp.zeros_like(value)
-        mask = flat_masks[leaf.index]
+        mask = flat_masks[leaf.place]
         if np.ndim(mask) == 0:
             return jnp.ones_like(value)
         kept = jnp.broadcast_to(mask, leaf.shape).astype(value.dtype)
         # Any positive value finds the same paths; this one stays in range.
         return kept / jnp.maximum(jnp.sum(kept) / max(leaf.shape), 1)
 
-    test = {leaf.index: test_value(leaf) for leaf in trees.leaves_of(params)}
+    test = {leaf.place: test_value(leaf) for leaf in trees.leaves_of(params)}
     scores = synflow(apply_fn)(trees.replace_leaves(params, test, None), inputs)
     active = {
-        leaf.index: leaf.value > 0
+        leaf.place: leaf.value > 0
         for leaf in trees.leaves_of(scores)
-        if np.ndim(flat_masks[leaf.index])
+        if np.ndim(flat_masks[leaf.place])
     }
     return trees.replace_leaves(params, active, masks_lib.never_pruned())
 
@@ -265,4 +265,4 @@ def _additive(params: Params) -> set[int]:
         name = leaf.path.split("/")[-1]
         return name in _ADDITIVE or (name.isdigit() and len(leaf.shape) == 1)
 
-    return {leaf.index for leaf in trees.leaves_of(params) if adds(leaf)}
+    return {leaf.place for leaf in trees.leaves_of(params) if adds(leaf)}

@@ -177,21 +177,28 @@ def grasp(
     if not divisor > 0:
         raise ValueError(f"temperature: {temperature} is not positive")
 
+    if loss is None:
+        return _criterion(fn, _grasp_rule(prunable))
+
     @functools.wraps(fn)
     def tempered(params: Params, batch: Batch, *rest: Any, **named: Any) -> Array:
         inputs, targets = batch
         return loss(fn(params, inputs, *rest, **named) / divisor, targets)
 
+    return _criterion(tempered, _grasp_rule(prunable))
+
+
+def _grasp_rule(prunable: Prunable) -> Callable[[_Point], list[Array]]:
     def rule(at: _Point) -> list[Array]:
-        counted = {x.index for x in trees.prunable_leaves(at.params, prunable)}
+        counted = {x.place for x in trees.prunable_leaves(at.params, prunable)}
         gradient, push = jax.linearize(jax.grad(at.loss), at.product)
         direction = [
-            g if index in counted else jnp.zeros_like(g)
-            for index, g in zip(at.indices, gradient, strict=True)
+            g if place in counted else jnp.zeros_like(g)
+            for place, g in zip(at.indices, gradient, strict=True)
         ]
         return [w * h for w, h in _pairs(at, push(direction))]
 
-    return _criterion(fn if loss is None else tempered, rule)
+    return rule
 
 
 def accumulate(loss_fn: LossFn, *, microbatches: int) -> LossFn:

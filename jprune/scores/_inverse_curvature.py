@@ -322,7 +322,7 @@ def _inverse_fn(
         leaves = trees.prunable_leaves(params, prunable)
         derivatives.check_real(leaves)
         own, shape = _slots_of(leaves, block, max_entries)
-        at = [leaf.index for leaf in leaves]
+        at = [leaf.place for leaf in leaves]
         product = derivatives.at_product(params, masks)
         values, fn_of = derivatives.of_leaves(fn, product, at)
         own_masks = [mask_trees.never_pruned()] * len(at)

@@ -157,7 +157,7 @@ def obs_update(params: Params, inverse: InverseCurvature, masks: Masks) -> Param
     at, weights, slots = _match(params, inverse)
     mask_trees.check(masks, params)
     for mask in trees.leaves_of(masks):
-        if mask.index not in at and mask.shape:
+        if mask.place not in at and mask.shape:
             raise ValueError(
                 f"masks: the leaf {mask.path!r} has a mask of shape {mask.shape} but "
                 "no inverse; make it prunable there, or give a mask of shape ()"
@@ -241,12 +241,12 @@ def _match(
     slots = [leaf for leaf in trees.leaves_of(inverse.slots) if leaf.shape]
     leaves = trees.leaves_of(params)
     for own in slots:
-        if leaves[own.index].shape != own.shape:
+        if leaves[own.place].shape != own.shape:
             raise ValueError(
                 f"inverse: its leaf {own.path!r} has the shape {own.shape}, the "
-                f"parameter {leaves[own.index].shape}"
+                f"parameter {leaves[own.place].shape}"
             )
-    at = [own.index for own in slots]
+    at = [own.place for own in slots]
     weights = [jnp.asarray(leaves[i].value) for i in at]
     return at, weights, [jnp.asarray(own.value) for own in slots]
 

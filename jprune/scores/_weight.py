@@ -80,7 +80,7 @@ def random(
     if key is None:
         raise ValueError("key: random scores need one, such as jax.random.key(0)")
     drawn = {
-        leaf.index: 1.0 - jax.random.uniform(_key_for(key, leaf.path), leaf.shape)
+        leaf.place: 1.0 - jax.random.uniform(_key_for(key, leaf.path), leaf.shape)
         for leaf in trees.leaves_of(params)
         if trees.is_inexact(leaf.value)
     }

@@ -25,16 +25,11 @@ def _stream(rng, rows):
 
 
 def _init(key):
-    keys = jax.random.split(key, 2)
-    layers = zip(("fc1", "fc2"), ((6, 8), (8, 3)), keys, strict=True)
-    params = {
-        name: {
-            "kernel": jax.random.normal(key, shape) / np.sqrt(shape[0]),
-            "bias": jnp.zeros(shape[1]),
-        }
-        for name, shape, key in layers
-    }
-    return params, {}
+    first, second = jnp.split(jax.random.normal(key, (6 * 8 + 8 * 3,)), [6 * 8])
+    return {
+        "fc1": {"kernel": first.reshape(6, 8) / np.sqrt(6), "bias": jnp.zeros(8)},
+        "fc2": {"kernel": second.reshape(8, 3) / np.sqrt(8), "bias": jnp.zeros(3)},
+    }, {}
 
 
 def _apply(params, state, x, *, train=False, key=None):

@@ -10,7 +10,7 @@ import pytest
 import rich.console
 from absl import flags
 
-from experiments import compare, fit, methods, report, results
+from experiments import compare, fit, methods, report, results, runs
 
 NAMES = ["random", "magnitude"]
 
@@ -37,8 +37,8 @@ def stable(record):
     return {k: v for k, v in record.items() if k not in ("seconds", "date", "git")}
 
 
-def interrupt_after(runs):
-    left = iter(range(runs, -1, -1))
+def interrupt_after(number):
+    left = iter(range(number, -1, -1))
 
     def on_run(record):
         if next(left) == 1:
@@ -61,14 +61,14 @@ def test_a_seed_begins_with_its_dense_network(plan):
 
 
 def test_a_config_holds_the_hyper_parameters_and_no_run_twice(tiny_task):
-    runs = compare.configs(
+    plan = compare.configs(
         tiny_task, ["synflow", "dense", "synflow"], [0.5, 0.5], seeds=1, epochs=7
     )
-    assert [run["method"] for run in runs] == ["dense", "synflow"]
-    assert runs[1]["hyper"] == {"rounds": 100}
-    assert runs[1]["epochs"] == 7
+    assert [run["method"] for run in plan] == ["dense", "synflow"]
+    assert plan[1]["hyper"] == {"rounds": 100}
+    assert plan[1]["epochs"] == 7
     for name in methods.__all__:
-        hyper = compare.hyper_parameters(getattr(methods, name))
+        hyper = runs.hyper_parameters(getattr(methods, name))
         json.dumps(hyper)
         assert not {"key", "sparsity", "trained", "epochs", "on_epoch"} & set(hyper)
 
@@ -107,28 +107,28 @@ def test_test_metrics_are_those_of_the_outcome(tiny_task, whole):
 def test_time_is_divided_between_marks():
     # begin, begin and end of two phases, end; wall time and compilation.
     marks = np.array([[0, 0], [3, 1], [10, 5], [11, 5], [13, 5], [14, 6.0]])
-    assert compare._divided(marks) == {
+    assert runs._divided(marks) == {
         "total": 14.0,
         "compilation": 6.0,
         "training": 9 - 4.0,
         "scoring": 14 - 6 - 5.0,
     }
-    assert compare._divided(marks[[0, -1]])["scoring"] == 8.0
+    assert runs._divided(marks[[0, -1]])["scoring"] == 8.0
 
 
-@pytest.mark.parametrize("runs", [1, 4, 8])
+@pytest.mark.parametrize("number", [1, 4, 8])
 def test_an_interrupted_comparison_goes_on_where_it_stopped(
-    tiny_task, plan, whole, tmp_path, runs
+    tiny_task, plan, whole, tmp_path, number
 ):
     with pytest.raises(KeyboardInterrupt):
-        compare.compare(tiny_task, plan, tmp_path, interrupt_after(runs))
+        compare.compare(tiny_task, plan, tmp_path, interrupt_after(number))
     saved = results.read(tmp_path / results.FILE).records
-    assert [record["config"] for record in saved] == plan[:runs]
+    assert [record["config"] for record in saved] == plan[:number]
     made = []
     records = compare.compare(
         tiny_task, plan, tmp_path, compare.Observer(on_run=made.append)
     )
-    assert [record["config"] for record in made] == plan[runs:]
+    assert [record["config"] for record in made] == plan[number:]
     assert list(map(stable, records)) == list(map(stable, whole[1]))
 
 
@@ -302,11 +302,33 @@ def test_the_binary_says_how_to_go_on_after_an_interrupt(main, tmp_path, monkeyp
     code, text = main(*flags_of(tmp_path))
     assert code == 130
     assert text.endswith(
-        f"interrupted: 3 of 10 runs are saved in {tmp_path / results.FILE}; the same "
+        f"interrupted: 3 runs are saved in {tmp_path / results.FILE}; the same "
         "command goes on from there"
     )
     monkeypatch.undo()
     assert len(results.read(tmp_path / results.FILE).records) == 3
+
+
+def test_an_interrupt_waits_for_its_time_and_a_second_does_not():
+    before = signal.getsignal(signal.SIGINT)
+    with compare.deferred_interrupt() as check:
+        check()
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            check()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_an_ignored_interrupt_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with compare.deferred_interrupt() as check:
+            signal.raise_signal(signal.SIGINT)
+            check()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_the_binary_goes_on_and_reports(main, whole, tmp_path):
@@ -324,6 +346,15 @@ def test_the_binary_goes_on_and_reports(main, whole, tmp_path):
         "tiny-epochs2-batch8-accuracy.png",
         "tiny-epochs2-batch8-density.png",
     ]
+
+
+def test_the_report_has_what_other_commands_have_added(main, whole, tmp_path):
+    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
+    arguments = f"--workdir={tmp_path}", "--methods=random", "--sparsities=0.5"
+    code, text = main(*arguments)
+    assert code == 0
+    assert "4 of 4 runs are in" in text
+    assert "magnitude" in text
 
 
 def test_the_binary_stops_at_a_workdir_that_cannot_be_used(main, tmp_path):

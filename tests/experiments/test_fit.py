@@ -41,8 +41,8 @@ def logged(step, *, epochs=1, batch_size=4, room=12, seed=0, **options):
 
 def half_masks(params):
     masks = jprune.masks.dense(params)
-    keep = jax.random.bernoulli(jax.random.key(7), 0.5, params["fc1"]["kernel"].shape)
-    masks["fc1"]["kernel"] = keep
+    keep = np.random.default_rng(0).random(params["fc1"]["kernel"].shape) < 0.5
+    masks["fc1"]["kernel"] = jnp.asarray(keep)
     return masks
 
 
@@ -179,12 +179,12 @@ def test_fewer_live_rows_than_a_batch_are_repeated():
 @pytest.mark.parametrize(
     "tx",
     [
-        optax.adam(0.05),
-        optax.sgd(0.05, momentum=0.9, nesterov=True),
         optax.adamw(0.05, weight_decay=0.1),
-        optax.chain(optax.add_noise(0.1, 0.5, jax.random.key(0)), optax.sgd(0.05)),
+        optax.chain(
+            optax.add_noise(0.1, 0.5, jax.random.key(0)), optax.sgd(0.05, momentum=0.9)
+        ),
     ],
-    ids=["adam", "momentum", "weight decay", "noise"],
+    ids=["adam with weight decay", "momentum with noise"],
 )
 def test_parameters_are_zero_outside_the_masks(tiny_task, tx):
     params = tiny_task.init(jax.random.key(0))[0]
@@ -217,10 +217,10 @@ def test_a_method_can_replace_loss_forward_and_constraint(tiny_task):
     )
     batch = jax.tree.map(jnp.asarray, tiny_task.streams["train"])
     carry = fit.Carry(params, {}, tx.init(params), masks)
-    carry, metrics = step(carry, batch, jax.random.key(0))
+    carry, metrics = jax.jit(step)(carry, batch, jax.random.key(0))
     kernel = params["fc1"]["kernel"]
     np.testing.assert_allclose(carry.params["fc1"]["kernel"], 1.8 * kernel, rtol=1e-6)
-    assert metrics["loss"] == jnp.sum(kernel**2) / 2
+    assert metrics["loss"] == pytest.approx(float(jnp.sum(kernel**2) / 2))
 
 
 def test_the_callers_carry_survives():
@@ -246,7 +246,7 @@ def test_progress_and_evaluation_by_epoch():
     assert set(history) == {"x", "steps"}
 
 
-@pytest.mark.parametrize("batch_size", [4, 7, 15, 1000])
+@pytest.mark.parametrize("batch_size", [4, 15])
 def test_evaluation_counts_every_row_once(tiny_task, batch_size):
     stream = tiny_task.streams["test"]
     params, state = tiny_task.init(jax.random.key(0))

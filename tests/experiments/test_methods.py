@@ -72,14 +72,15 @@ def test_counts_are_exact_and_removed_weights_zero(blind_task, dense, name):
             outcome.state,
             blind_task.streams["valid"],
         )
-        assert outcome.metrics == pytest.approx(jax.device_get(judged))
+        judged = {name: float(value) for name, value in judged.items()}
+        assert outcome.metrics == pytest.approx(judged)
 
 
 def test_dense_keeps_everything_and_prunes_nothing(blind_task):
     outcome = methods.dense(blind_task, key=jax.random.key(0), epochs=1)
     assert kernels(outcome.masks).all()
     assert outcome.history["dense"]["loss"].shape == (1,)
-    with pytest.raises(ValueError, match="sparsity: 0.5 is not 0"):
+    with pytest.raises(ValueError, match=r"sparsity: 0\.5 is not 0"):
         methods.dense(blind_task, 0.5, key=jax.random.key(0))
 
 
@@ -133,7 +134,7 @@ def test_snip_is_the_mask_gradient_on_a_training_batch(tiny_task):
         return tiny_task.per_example_loss(outputs, train).mean()
 
     ones = jax.tree.map(jnp.ones_like, variables["params"])
-    scores = np.abs(kernels(jax.grad(loss)(ones)))
+    scores = np.abs(kernels(jax.jit(jax.grad(loss))(ones)))
     keep = kernels(outcome.masks)
     assert scores[keep].min() > scores[~keep].max()
 
@@ -151,10 +152,10 @@ def test_grasp_is_the_mask_gradient_of_half_the_squared_gradient(tiny_task):
     def half_square(masks):
         params = jax.tree.map(jnp.multiply, variables["params"], masks)
         grads = jax.grad(loss)(params)
-        return sum(jnp.sum(grad**2) for grad in jax.tree.leaves(grads)) / 2
+        return sum(jnp.sum(layer["kernel"] ** 2) for layer in grads.values()) / 2
 
     ones = jax.tree.map(jnp.ones_like, variables["params"])
-    scores = kernels(jax.grad(half_square)(ones))
+    scores = kernels(jax.jit(jax.grad(half_square))(ones))
     outcome = run("grasp", tiny_task, 0.5, rows_per_class=6, temperature=3.0)
     keep = kernels(outcome.masks)
     assert scores[keep].min() > scores[~keep].max()
@@ -174,11 +175,13 @@ def test_one_round_of_force_and_of_iterative_snip_is_snip(tiny_task):
 
 
 def test_force_revives_what_iterative_snip_cannot(tiny_task):
-    counts = {}
-    for name in ("iterative_snip", "force"):
-        whole = [run(name, tiny_task, 0.9, rounds=r, seed=2) for r in (1, 20)]
-        counts[name] = [kernels(outcome.masks) for outcome in whole]
-    assert (counts["force"][1] != counts["iterative_snip"][1]).any()
+    assert any(
+        (
+            kernels(run("force", tiny_task, 0.83, seed=seed).masks)
+            != kernels(run("iterative_snip", tiny_task, 0.83, seed=seed).masks)
+        ).any()
+        for seed in range(5)
+    )
 
 
 def test_synflow_reads_no_data(tiny_task):
@@ -224,7 +227,7 @@ def test_scoring_batches_are_balanced_distinct_and_follow_the_key(tiny_task):
     balanced = phases.draw_balanced(tiny_task, key, 4)
     assert np.bincount(balanced["y"]).tolist() == [4, 4, 4]
     assert len(np.unique(balanced["x"], axis=0)) == 12
-    with pytest.raises(ValueError, match="rows_per_class: 7 .* class 2 .* only 6"):
+    with pytest.raises(ValueError, match=r"rows_per_class: 7 .* class 2 .* only 6"):
         phases.draw_balanced(tiny_task, key, 7)
 
 
@@ -239,11 +242,10 @@ def test_sparsities_and_seeds_share_the_compiled_score(tiny_task):
         return score_fn
 
     for seed in range(3):
-        variables = phases.variables(
-            *phases.initialize(tiny_task, jax.random.key(seed))
-        )
+        params, state = phases.initialize(tiny_task, jax.random.key(seed))
         score_fn = phases.score_fn(criterion, phases.loss_fn(tiny_task))
-        score_fn(variables, phases.draw(tiny_task, jax.random.key(seed), 8))
+        batch = phases.draw(tiny_task, jax.random.key(seed), 8)
+        score_fn(phases.variables(params, state), batch)
     assert len(traces) == 1
 
 

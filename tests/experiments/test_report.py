@@ -1,4 +1,5 @@
 import io
+import types
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ ACCURACIES = {
 SETTING = report.Setting("digits_mlp", 30, 64)
 
 
-def record(method, sparsity, seed, accuracy, **config):
+def record(method, sparsity, seed, accuracy, *, after=False, **config):
     return {
         "config": {
             "task": "digits_mlp",
@@ -30,6 +31,7 @@ def record(method, sparsity, seed, accuracy, **config):
         },
         "source": "made up",
         "test": {"accuracy": accuracy},
+        "history": {"dense": {}, "finetune": {}} if after else {"train": {}},
         "density": {"fc1/kernel": 1 - sparsity, "fc2/kernel": 0.1 * seed},
     }
 
@@ -65,7 +67,13 @@ def test_the_table_has_a_row_a_method_and_a_column_a_sparsity(records):
     assert cells["snip"] == ["94.0", "±", "1.4", "85.0", "(n=1)"]
     text = " ".join(" ".join(lines).split())
     assert "digits_mlp: test accuracy in %, mean ± std of 2 seeds" in text
-    assert "dense: 97.0 ± 1.4; 30 epochs a phase; made up" in text
+    assert "dense: 97.0 ± 1.4; 30 epochs; made up" in text
+
+
+def test_the_caption_tells_who_was_trained_twice(records):
+    more = [record(name, 0.9, 0, 0.9, after=True) for name in ("obd", "magnitude")]
+    text = " ".join(printed(report.table(SETTING, [*records, *more])).split())
+    assert "30 epochs; as many before pruning for magnitude, obd; made up" in text
 
 
 def test_the_best_of_each_column_is_bold(records):
@@ -149,6 +157,24 @@ def test_pictures_are_saved_beside_the_results(tmp_path, records):
         assert pixels.shape[0] > 300
         assert pixels.std() > 0.05
         assert str(path) in console.file.getvalue()
+
+
+def test_the_binary_needs_nothing_but_the_results(
+    tmp_path, records, monkeypatch, capsys
+):
+    monkeypatch.setattr(report.flags, "FLAGS", types.SimpleNamespace(workdir=tmp_path))
+    with pytest.raises(SystemExit, match="error: workdir: no results in"):
+        report.main(["report"])
+    for one in records:
+        results.append(tmp_path / results.FILE, one)
+    with (tmp_path / results.FILE).open("a") as file:
+        file.write('{"config": {"ta')
+    report.main(["report"])
+    text = capsys.readouterr().out
+    assert "the last line is half-written and left out" in text
+    assert "94.0 ± 1.4" in text
+    assert len(list(tmp_path.glob("*.png"))) == 2
+    assert len(results.read(tmp_path / results.FILE).records) == len(records)
 
 
 def test_dense_runs_alone_have_a_table_but_no_pictures(tmp_path, records):

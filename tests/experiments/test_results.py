@@ -5,7 +5,8 @@ import pytest
 
 from experiments import results
 
-CONFIG = {"task": "tiny", "method": "snip", "sparsity": 0.9, "seed": 0, "epochs": 2}
+CONFIG = {"epochs": 2, "batch_size": 8}
+CONFIG |= {"task": "tiny", "method": "snip", "sparsity": 0.9, "seed": 0}
 
 
 def record(seed=0, **more):

@@ -9,28 +9,24 @@ on where it stopped, and one with more methods or sparsities adds to it.
 
 import contextlib
 import functools
-import inspect
 import itertools
 import pathlib
+import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+import types
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
-import numpy as np
 import rich.console
 import rich.progress
-from absl import app, flags
-from jaxtyping import PyTree
+from absl import app, flags, logging
 
 import jprune
-from experiments import checkpoints, fit, methods, report, results, tasks
+from experiments import checkpoints, fit, methods, report, results, runs, tasks
 from experiments.results import Config, Record
 from experiments.task import Outcome, Task
-
-# Arguments of methods that are not hyper-parameters.
-_NOT_HYPER = ("sparsity", "epochs", "trained", "on_epoch")
 
 
 class Observer(NamedTuple):
@@ -64,89 +60,67 @@ def configs(
         epochs: of each phase of training; those of the task's budget by default.
 
     Example:
-        >>> runs = configs(tasks.digits_mlp(), ["snip"], [0.9], seeds=1)
-        >>> [(run["method"], run["sparsity"]) for run in runs]
+        >>> plan = configs(tasks.digits_mlp(), ["snip"], [0.9], seeds=1)
+        >>> [(run["method"], run["sparsity"]) for run in plan]
         [('dense', 0.0), ('snip', 0.9)]
     """
     sparse = [name for name in dict.fromkeys(names) if name != report.DENSE]
     pairs = list(itertools.product(sparse, dict.fromkeys(sparsities)))
     return [
-        {
-            "task": task.name,
-            "method": name,
-            "sparsity": sparsity,
-            "seed": seed,
-            "epochs": epochs or task.budget.epochs,
-            "batch_size": task.budget.batch_size,
-            "hyper": hyper_parameters(getattr(methods, name)),
-        }
+        runs.config(task, name, sparsity, seed, epochs)
         for seed in range(seeds)
         for name, sparsity in [(report.DENSE, 0.0), *pairs]
     ]
 
 
-def hyper_parameters(method: Callable[..., Outcome]) -> dict[str, Any]:
-    """Returns the hyper-parameters of a method with their defaults.
-
-    Example:
-        >>> hyper_parameters(methods.synflow)
-        {'rounds': 100}
-    """
-    return {
-        name: parameter.default
-        for name, parameter in inspect.signature(method).parameters.items()
-        if parameter.default is not parameter.empty and name not in _NOT_HYPER
-    }
-
-
 def compare(
     task: Task,
-    runs: Sequence[Config],
+    plan: Sequence[Config],
     workdir: pathlib.Path,
-    observer: Observer = Observer(),  # noqa: B008
+    observer: Observer | None = None,
 ) -> list[Record]:
     """Makes the runs that the workdir does not hold, and stores each as it ends.
 
     Args:
         task: the task of all runs.
-        runs: the configs, see :func:`configs`.
+        plan: the configs, see :func:`configs`.
         workdir: holds ``results.jsonl`` and the dense networks.
         observer: is told about progress.
 
     Returns:
-        The records of ``runs``, in their order.
+        The records of the plan, in its order.
 
     Raises:
         ValueError: the workdir cannot be used.
     """
+    on_epoch, on_run = observer or Observer()
     found = {
         results.identity(record["config"]): record
         for record in results.prepare(workdir).records
     }
-    dense = {run["seed"]: run for run in runs if run["method"] == report.DENSE}
+    dense = {run["seed"]: run for run in plan if run["method"] == report.DENSE}
 
     @functools.lru_cache(maxsize=1)
     def trained(seed: int) -> Outcome:
-        path, run = _checkpoint(workdir, dense[seed]), dense[seed]
+        run = dense[seed]
+        path = _checkpoint(workdir, run)
         if path.exists():
             return _restored(task, path, found[results.identity(run)])
-        outcome, _ = _timed(task, run, {}, observer.on_epoch)
+        outcome, _ = runs.make(task, run, on_epoch=on_epoch)
         return _stored(path, outcome)
 
-    for run in runs:
+    for run in plan:
         if results.identity(run) in found:
             continue
-        method = getattr(methods, run["method"])
-        takes_dense = "trained" in inspect.signature(method).parameters
-        start = {"trained": trained(run["seed"])} if takes_dense else {}
-        outcome, seconds = _timed(task, run, start, observer.on_epoch)
+        starts_from_dense = runs.starts_from_dense(run["method"])
+        start = trained(run["seed"]) if starts_from_dense else None
+        outcome, record = runs.make(task, run, trained=start, on_epoch=on_epoch)
         if run["method"] == report.DENSE:
             _stored(_checkpoint(workdir, run), outcome)
-        record = _record(task, run, outcome, seconds)
         results.append(workdir / results.FILE, record)
         found[results.identity(run)] = record
-        observer.on_run(record)
-    return [found[results.identity(run)] for run in runs]
+        on_run(record)
+    return [found[results.identity(run)] for run in plan]
 
 
 def _checkpoint(workdir: pathlib.Path, run: Config) -> pathlib.Path:
@@ -173,102 +147,9 @@ def _restored(task: Task, path: pathlib.Path, record: Record) -> Outcome:
     )
 
 
-def _timed(
-    task: Task, run: Config, start: Mapping[str, Outcome], on_epoch: fit.OnEpoch
-) -> tuple[Outcome, dict[str, float]]:
-    """Makes a run, and says how its wall time divides."""
-    marks = []
-
-    def mark(phase: str = "", done: int = 0, epochs: int = 0) -> None:
-        if done in (0, epochs):
-            marks.append((time.perf_counter(), _compiled()[0]))
-        if phase:
-            on_epoch(phase, done, epochs)
-
-    mark()
-    outcome = getattr(methods, run["method"])(
-        task,
-        run["sparsity"],
-        key=jax.random.key(run["seed"]),
-        epochs=run["epochs"],
-        on_epoch=mark,
-        **start,
-    )
-    mark()
-    return outcome, _divided(np.array(marks))
-
-
-def _divided(marks: np.ndarray) -> dict[str, float]:
-    """Divides the time between marks of (wall time, time spent in compilation).
-
-    The marks are the begin, the begin and end of each phase of training, and the end.
-    """
-    total, compilation = marks[-1] - marks[0]
-    wall, compiling = (marks[2::2] - marks[1:-1:2]).sum(axis=0)
-    training = wall - compiling
-    return {
-        "total": round(total, 4),
-        "compilation": round(compilation, 4),
-        "scoring": round(total - compilation - training, 4),
-        "training": round(training, 4),
-    }
-
-
-@functools.cache
-def _compiled() -> list[float]:
-    """Returns a list of one number: the seconds that JAX has spent compiling so far.
-
-    Counted are lowering and the compiler proper, since the first call.
-    """
-    seconds = [0.0]
-    events = ("jaxpr_to_mlir_module_duration", "backend_compile_duration")
-
-    def add(event: str, duration: float, **_: Any) -> None:
-        if event.endswith(events):
-            seconds[0] += duration
-
-    jax.monitoring.register_event_duration_secs_listener(add)
-    return seconds
-
-
-def _record(
-    task: Task, run: Config, outcome: Outcome, seconds: Mapping[str, float]
-) -> Record:
-    judged = fit.evaluate(
-        task, outcome.apply, outcome.params, outcome.state, task.streams["test"]
-    )
-    sizes = jprune.masks.sizes(outcome.masks, outcome.params)
-    live = {
-        path: int(count)
-        for path, count in jprune.masks.counts(outcome.masks, outcome.params).items()
-    }
-    return {
-        "config": run,
-        "source": task.source,
-        "test": {name: float(value) for name, value in judged.items()},
-        "valid": dict(outcome.metrics),
-        "sparsity": 1 - sum(live.values()) / sum(sizes.values()),
-        "live": sum(live.values()),
-        "density": {path: live[path] / size for path, size in sizes.items()},
-        "seconds": dict(seconds),
-        "date": results.now(),
-        **results.provenance(),
-        "history": _curves(outcome.history),
-    }
-
-
-def _curves(history: PyTree) -> PyTree:
-    """Returns histories as lists of numbers of six digits."""
-    return jax.tree.map(
-        lambda values: [float(f"{value:.6g}") for value in np.asarray(values, float)],
-        history,
-        is_leaf=lambda node: isinstance(node, list),
-    )
-
-
 @contextlib.contextmanager
 def progress(
-    console: rich.console.Console, runs: int, epochs: int
+    console: rich.console.Console, count: int, epochs: int
 ) -> Iterator[Observer]:
     """Shows how far a comparison has come, and the time left.
 
@@ -276,11 +157,11 @@ def progress(
 
     Args:
         console: where to.
-        runs: how many runs there are to make.
+        count: how many runs there are to make.
         epochs: the epochs of each.
     """
     if not console.is_terminal:
-        yield Observer(on_run=_lines(console, runs))
+        yield Observer(on_run=_lines(console, count))
         return
     columns = (
         rich.progress.TextColumn("{task.description}"),
@@ -291,28 +172,28 @@ def progress(
         rich.progress.TimeRemainingColumn(),
     )
     with rich.progress.Progress(*columns, console=console) as bars:
-        bar = bars.add_task("training", total=runs * epochs)
+        bar = bars.add_task("training", total=count * epochs)
         made = itertools.count(1)
 
         def on_epoch(phase: str, done: int, epochs: int) -> None:
             bars.advance(bar, 1 if done else 0)
 
         def on_run(record: Record) -> None:
-            text = f"{next(made)}/{runs} {_name(record['config'])}"
+            text = f"{next(made)}/{count} {_name(record['config'])}"
             bars.update(bar, description=text)
 
         yield Observer(on_epoch, on_run)
 
 
-def _lines(console: rich.console.Console, runs: int) -> Callable[[Record], None]:
+def _lines(console: rich.console.Console, count: int) -> Callable[[Record], None]:
     begin, made = time.perf_counter(), itertools.count(1)
 
     def on_run(record: Record) -> None:
         number = next(made)
-        left = (time.perf_counter() - begin) / number * (runs - number)
+        left = (time.perf_counter() - begin) / number * (count - number)
         accuracy = 100 * record["test"]["accuracy"]
         console.print(
-            f"{number}/{runs} {_name(record['config'])}: {accuracy:.1f} %, "
+            f"{number}/{count} {_name(record['config'])}: {accuracy:.1f} %, "
             f"{record['seconds']['total']:.1f} s; {left:.0f} s left",
             highlight=False,
             soft_wrap=True,
@@ -325,38 +206,94 @@ def _name(run: Config) -> str:
     return "{method} at {sparsity:g}, seed {seed}".format_map(run)
 
 
+@contextlib.contextmanager
+def deferred_interrupt() -> Iterator[Callable[[], None]]:
+    """Puts Ctrl-C off until a function is called that raises KeyboardInterrupt then.
+
+    An exception in the midst of a compilation can get lost, or crash the interpreter
+    when it ends. A second Ctrl-C raises at once.
+    """
+    asked = []
+
+    def ask(number: int, frame: types.FrameType | None) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    def check() -> None:
+        if asked:
+            raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler:  # such as ignored, under nohup
+        yield check
+        return
+    signal.signal(signal.SIGINT, ask)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def main(argv: Sequence[str]) -> None:
     """Runs the comparison that the flags describe."""
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments: {argv[1:]}")
     console = rich.console.Console()
-    values = flags.FLAGS
-    workdir = pathlib.Path(values.workdir)
+    workdir = pathlib.Path(flags.FLAGS.workdir)
     path = workdir / results.FILE
     try:
         found = results.prepare(workdir)
     except ValueError as error:
         sys.exit(f"error: {error}")
     if found.torn:
-        console.print(f"{path}: the last line was half-written and has been cut off")
-    task = getattr(tasks, values.task)()
-    sparsities = [float(text) for text in values.sparsities]
-    runs = configs(task, values.methods, sparsities, values.seeds, values.epochs)
-    wanted = {results.identity(run) for run in runs}
-    saved = {results.identity(record["config"]) for record in found.records}
-    if wanted & saved:
-        console.print(f"{len(wanted & saved)} of {len(wanted)} runs are in {path}")
+        text = f"{path}: the last line was half-written and has been cut off"
+        console.print(text, soft_wrap=True)
     try:
-        with progress(console, len(wanted - saved), runs[0]["epochs"]) as observer:
-            records = compare(task, runs, workdir, observer)
+        _run(flags.FLAGS, console, workdir, found.records)
     except KeyboardInterrupt:
-        saved = {results.identity(r["config"]) for r in results.read(path).records}
+        saved = len(results.read(path).records)
         console.print(
-            f"interrupted: {len(wanted & saved)} of {len(wanted)} runs are saved in "
-            f"{path}; the same command goes on from there"
+            f"interrupted: {saved} runs are saved in {path}; the same command goes on "
+            "from there",
+            soft_wrap=True,
         )
         sys.exit(130)
-    report.write(workdir, records, console)
+
+
+def _run(
+    values: flags.FlagValues,
+    console: rich.console.Console,
+    workdir: pathlib.Path,
+    records: Sequence[Record],
+) -> None:
+    task = getattr(tasks, values.task)()
+    sparsities = [float(text) for text in values.sparsities]
+    plan = configs(task, values.methods, sparsities, values.seeds, values.epochs)
+    wanted = {results.identity(run) for run in plan}
+    left = wanted - {results.identity(record["config"]) for record in records}
+    if len(left) < len(wanted):
+        done = len(wanted) - len(left)
+        text = f"{done} of {len(wanted)} runs are in {workdir / results.FILE}"
+        console.print(text, soft_wrap=True)
+    with (
+        deferred_interrupt() as check,
+        progress(console, len(left), plan[0]["epochs"]) as shown,
+    ):
+
+        def on_epoch(phase: str, done: int, epochs: int) -> None:
+            check()
+            shown.on_epoch(phase, done, epochs)
+
+        def on_run(record: Record) -> None:
+            shown.on_run(record)
+            check()
+
+        made = compare(task, plan, workdir, Observer(on_epoch, on_run))
+    # What other commands have added to the same table is part of the report.
+    (setting,) = report.by_setting(made)
+    stored = report.by_setting(results.read(workdir / results.FILE).records)
+    report.write(workdir, stored[setting], console)
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
@@ -421,4 +358,6 @@ def _is_sparsity(text: str) -> bool:
 
 if __name__ == "__main__":
     define_flags()
+    # Orbax tells of every step of every checkpoint.
+    logging.set_verbosity(logging.WARNING)
     app.run(main)

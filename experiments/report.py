@@ -18,8 +18,8 @@ import rich.console
 import rich.table
 from absl import app, flags
 from matplotlib import axes as mpl_axes
+from matplotlib import colormaps, lines, ticker
 from matplotlib import figure as mpl_figure
-from matplotlib import ticker
 
 from experiments import methods, results
 from experiments.results import Record
@@ -115,7 +115,7 @@ def table(setting: Setting, records: Sequence[Record]) -> rich.table.Table:
     names, sparsities = _axes_of(records)
     most = max((s.seeds for s in summary.values()), default=0)
     best = {
-        s: max((summary[n, s].mean for n in names if (n, s) in summary), default=0.0)
+        s: max((e.mean for (n, at), e in summary.items() if at == s), key=_or_lowest)
         for s in sparsities
     }
     out = rich.table.Table(
@@ -140,11 +140,18 @@ def table(setting: Setting, records: Sequence[Record]) -> rich.table.Table:
     return out
 
 
+def _or_lowest(value: float) -> float:
+    return value if np.isfinite(value) else -np.inf
+
+
 def _caption(setting: Setting, records: Sequence[Record]) -> str:
     dense = summarize(records).get((DENSE, 0.0))
     parts = [] if dense is None else [f"dense: {_cell(dense, dense.seeds)}"]
-    sources = sorted({record["source"] for record in records})
-    parts += [f"{setting.epochs} epochs a phase", *sources]
+    parts.append(f"{setting.epochs} epochs")
+    twice = ordered([r["config"]["method"] for r in records if len(r["history"]) > 1])
+    if twice:
+        parts.append(f"as many before pruning for {', '.join(twice)}")
+    parts += sorted({record["source"] for record in records})
     return "; ".join(parts)
 
 
@@ -236,7 +243,7 @@ def density_figure(setting: Setting, records: Sequence[Record]) -> mpl_figure.Fi
         figsize=(2.4 * columns + 1.4, 2.3 * rows + 0.6), dpi=150, layout="constrained"
     )
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    shades = _shades(len(sparsities))
+    shades = colormaps["viridis"](np.linspace(0.9, 0.0, len(sparsities)))
     lowest = min((1 - s for s in sparsities), default=0.1) / 10
     for name, axes in zip(names, panels.flat, strict=False):
         for sparsity, color in zip(sparsities, shades, strict=True):
@@ -252,9 +259,10 @@ def density_figure(setting: Setting, records: Sequence[Record]) -> mpl_figure.Fi
         axes.set_ylim(0, 1.3)
         axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda y, _: f"{y:g}"))
         axes.yaxis.set_minor_locator(ticker.NullLocator())
-        labels = [layer.removesuffix("/kernel") for layer in layers]
-        tilt = 45 if len(layers) > 4 else 0
-        axes.set_xticks(range(len(layers)), labels, rotation=tilt)
+        # A deep network has more layers than there is room for names.
+        named = range(0, len(layers), -(-len(layers) // 10))
+        labels = [layers[i].removesuffix("/kernel") for i in named]
+        axes.set_xticks(named, labels, rotation=90 if len(layers) > 4 else 0)
         axes.set_xlim(-0.3, len(layers) - 0.7)
         _tidy(axes)
     for axes in panels.flat[len(names) :]:
@@ -262,9 +270,12 @@ def density_figure(setting: Setting, records: Sequence[Record]) -> mpl_figure.Fi
     figure.supxlabel("layer")
     figure.supylabel("density: kept fraction of the layer's weights")
     figure.suptitle(f"{setting.task}: where the weights are kept", x=0.02, ha="left")
-    handles, labels = panels.flat[0].get_legend_handles_labels()
+    keys = [
+        lines.Line2D([], [], color=color, marker="o", markersize=4, label=f"{s:g}")
+        for s, color in zip(sparsities, shades, strict=True)
+    ]
     figure.legend(
-        handles, labels, title="sparsity", loc="outside right center", frameon=False
+        handles=keys, title="sparsity", loc="outside right center", frameon=False
     )
     return figure
 
@@ -291,12 +302,6 @@ def _style(name: str) -> tuple[str, str]:
     # A method that is not in the registry any more gets the style after the last.
     place = sparse.index(name) if name in sparse else len(sparse)
     return _COLORS[place % len(_COLORS)], _MARKERS[place % len(_MARKERS)]
-
-
-def _shades(count: int) -> np.ndarray:
-    from matplotlib import colormaps
-
-    return colormaps["viridis"](np.linspace(0.9, 0.0, count))
 
 
 def _tidy(axes: mpl_axes.Axes) -> None:
@@ -346,7 +351,12 @@ def main(argv: Sequence[str]) -> None:
         sys.exit(f"error: {error}")
     if not found.records:
         sys.exit(f"error: workdir: no results in {workdir / results.FILE}")
-    write(workdir, found.records, rich.console.Console())
+    console = rich.console.Console()
+    if found.torn:
+        path = workdir / results.FILE
+        text = f"{path}: the last line is half-written and left out"
+        console.print(text, soft_wrap=True)
+    write(workdir, found.records, console)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ Config = Mapping[str, Any]
 Record = Mapping[str, Any]
 
 _PACKAGES = ("jax", "flax", "optax")
-_CONFIG = ("task", "method", "sparsity", "seed", "epochs")
+_CONFIG = ("task", "method", "sparsity", "seed", "epochs", "batch_size")
 
 
 class Results(NamedTuple):
@@ -143,8 +143,9 @@ def prepare(workdir: pathlib.Path) -> Results:
 def append(path: pathlib.Path, record: Record) -> None:
     """Adds a run to a results file and waits until it is on disk."""
     line = json.dumps(_finite(record), allow_nan=False) + "\n"
-    with path.open("ab", buffering=0) as file:
+    with path.open("ab") as file:
         file.write(line.encode())
+        file.flush()
         os.fsync(file.fileno())
 
 

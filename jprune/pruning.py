@@ -423,7 +423,7 @@ def _check_room(
 
 
 def _check_counts(
-    alive: Sequence[int], counts: np.ndarray, names: Sequence[str]
+    alive: Sequence[int], counts: np.ndarray | Array, names: Sequence[str]
 ) -> None:
     for have, want, name in zip(alive, np.asarray(counts).tolist(), names, strict=True):
         if want > have:

@@ -253,7 +253,7 @@ def _select_blocks(
         before = jnp.cumsum(counts) - counts
         before = before - before[first_block][group_of]
         passed = by_group((before + counts < room[group_of]).astype(keep.dtype))
-        chosen = first_block + passed
+        chosen = jnp.asarray(first_block) + passed
         hits = _rank(blocks[chosen]).reshape(-1, block) == level[:, None]
         place = _flat_index((block,))
 

@@ -1,5 +1,6 @@
 """The project itself: style, types, layers, imports and the README's code."""
 
+import os
 import pathlib
 import re
 import subprocess
@@ -22,7 +23,8 @@ BIN = pathlib.Path(sys.executable).parent
     ids=["format", "lint", "layers", "types"],
 )
 def test_static_checks(command):
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    ran = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
 
 

@@ -1,0 +1,387 @@
+"""Speed, as ratios that mean the same on another machine.
+
+``python -m experiments.benchmark`` measures everything in this one process. The
+functions that a ratio compares run in turn, and the medians of many turns are divided,
+so that a change in the machine's speed falls on both. Each line shows the ratio of wall
+times, that of CPU times, and the bound that the wall ratio is to meet.
+
+Sections: ``selection``, ``scoring``, ``training``, ``compilation``.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import rich.console
+import rich.table
+from absl import app, flags
+from jaxtyping import PyTree
+
+import jprune
+from experiments import fit, results
+from experiments.task import Budget, Task
+from experiments.tasks import _image, _models
+
+Thunk = Callable[[], Any]
+
+
+class Times(NamedTuple):
+    """The medians of a function's times, in seconds."""
+
+    wall: float
+    cpu: float
+
+
+class Row(NamedTuple):
+    """A line of the report: a figure, and the bound that it is to meet.
+
+    Attributes:
+        name: what is compared.
+        wall: the figure from wall times.
+        cpu: the same from CPU times.
+        bound: what ``wall`` should not exceed; or not fall below, if ``at_least``.
+        unit: of all three; a ratio if empty.
+        at_least: which way the bound works.
+    """
+
+    name: str
+    wall: float
+    cpu: float
+    bound: float | None = None
+    unit: str = ""
+    at_least: bool = False
+
+    @property
+    def met(self) -> str:
+        """Whether the bound is met, in a word."""
+        if self.bound is None:
+            return ""
+        good = self.wall >= self.bound if self.at_least else self.wall <= self.bound
+        return "met" if good else "not met"
+
+
+def interleaved(thunks: Mapping[str, Thunk], repeats: int) -> dict[str, Times]:
+    """Runs functions in turn and returns the medians of their times.
+
+    Args:
+        thunks: functions without arguments; the time until their results are ready
+            counts. Each is called once before, to compile.
+        repeats: how many turns.
+
+    Example:
+        >>> times = interleaved({"sum": lambda: jnp.ones(9).sum()}, repeats=3)
+        >>> times["sum"].wall > 0
+        True
+    """
+    for thunk in thunks.values():
+        jax.block_until_ready(thunk())
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in thunks}
+    for _ in range(repeats):
+        for name, thunk in thunks.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            jax.block_until_ready(thunk())
+            found[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+    return {
+        name: Times(*(float(np.median(x)) for x in zip(*pairs, strict=True)))
+        for name, pairs in found.items()
+    }
+
+
+def ratio(name: str, a: Times, b: Times, bound: float | None, **rest: Any) -> Row:
+    """Returns the line that says how many times as long ``a`` took as ``b``."""
+    return Row(name, a.wall / b.wall, a.cpu / max(b.cpu, 1e-9), bound, **rest)
+
+
+def selection(repeats: int = 15) -> Iterator[Row]:
+    """Exact top 10 %, masks included, against a sum, a sort and a partition."""
+    rng = np.random.default_rng(0)
+    scores = jnp.asarray(np.abs(rng.normal(size=25_000_000)), jnp.float32)
+    total = jax.jit(jnp.sum)
+    top = jax.jit(jprune.selection.top_k)
+    k = jnp.int32(2_500_000)
+    host = np.asarray(scores)
+    fast = interleaved(
+        {"sum": lambda: total(scores), "top": lambda: top(scores, k)}, repeats
+    )
+    slow = interleaved(
+        {
+            "top": lambda: top(scores, k),
+            "sort": lambda: jnp.sort(scores),
+            "partition": lambda: np.partition(host, -2_500_000),
+        },
+        3,
+    )
+    million = "top 10 % of 25 million"
+    yield ratio(f"{million} / jnp.sum", fast["top"], fast["sum"], 25)
+    yield ratio(f"jnp.sort / {million}", slow["sort"], slow["top"], 30, at_least=True)
+    yield ratio(f"np.partition / {million}", slow["partition"], slow["top"], None)
+    tree = {
+        f"fc{i}": {"kernel": jnp.asarray(rng.normal(size=shape), jnp.float32)}
+        for i, shape in enumerate(((784, 300), (300, 100), (100, 10)))
+    }
+    leaves = [leaf.value for leaf in jprune.trees.prunable_leaves(tree)]
+    together = jax.jit(functools.partial(jprune.selection.select, together=True))
+    one = scores[:1_000_000]
+    small = interleaved(
+        {
+            "million": lambda: top(one, jnp.int32(100_000)),
+            "lenet": lambda: together(leaves, jnp.array([26_620])),
+        },
+        5 * repeats,
+    )
+    for name, label, bound in (
+        ("million", "top 10 % of 1 million", 2.5),
+        ("lenet", "top 10 % of LeNet-300-100", 1.5),
+    ):
+        wall, cpu = (1e3 * x for x in small[name])
+        yield Row(label, wall, cpu, bound, unit="ms")
+
+
+def _network(name: str) -> tuple[Callable, Callable, PyTree, tuple, Callable]:
+    """Returns apply_fn, loss_fn, parameters, a batch of 64 and the loss on logits."""
+    model, shape = {
+        "LeNet-300-100": (_models.lenet_300_100(), (28, 28, 1)),
+        "VGG-11-BN": (_models.vgg11(), (32, 32, 3)),
+        "VGG-16-BN": (_models.vgg16(), (32, 32, 3)),
+    }[name]
+    init, apply = _image.pure(model, shape)
+    params, state = init(jax.random.key(0))
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(64, *shape)), jnp.float32)
+    y = jnp.asarray(rng.integers(0, 10, 64))
+
+    def apply_fn(params, x):
+        return apply(params, state, x, train=False)[0]
+
+    def objective(logits, y):
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
+        return jnp.mean(losses)
+
+    def loss_fn(params, batch):
+        return objective(apply_fn(params, batch[0]), batch[1])
+
+    return apply_fn, loss_fn, params, (x, y), objective
+
+
+def scoring(repeats: int = 15) -> Iterator[Row]:
+    """Criteria at batch 64, in units of a forward and a backward pass of the batch."""
+    bounds = {"LeNet-300-100": 120, "VGG-11-BN": 10}
+    for name, flow_bound in bounds.items():
+        apply_fn, loss_fn, params, batch, objective = _network(name)
+        gradient = jax.jit(jax.value_and_grad(loss_fn))
+        snip = jax.jit(jprune.scores.snip(loss_fn))
+        grasp = jax.jit(jprune.scores.grasp(apply_fn, loss=objective))
+        synflow = jprune.scores.synflow(apply_fn)
+        thunks = {
+            "pass": functools.partial(gradient, params, batch),
+            "SNIP": functools.partial(snip, params, batch),
+            "GraSP": functools.partial(grasp, params, batch),
+        }
+        once = interleaved(thunks, repeats if name == "VGG-11-BN" else 10 * repeats)
+        rounds = interleaved(
+            {
+                "pass": thunks["pass"],
+                "SynFlow": lambda fn=synflow, params=params, x=batch[0][:1]: (
+                    jprune.prune_iteratively(fn, params, x, 0.99, rounds=100)
+                ),
+            },
+            max(repeats // 3, 3),
+        )
+        unit = f"forward + backward, {name}"
+        yield ratio(f"SNIP / {unit}", once["SNIP"], once["pass"], 1.1)
+        yield ratio(f"GraSP / {unit}", once["GraSP"], once["pass"], 3.2)
+        label = f"SynFlow, 100 rounds with selection / {unit}"
+        yield ratio(label, rounds["SynFlow"], rounds["pass"], flow_bound)
+
+
+def training(repeats: int = 60) -> Iterator[Row]:
+    """A step of masked training against a dense one, batch 128, Adam."""
+    networks = {
+        "MLP, 1 million weights": (_models.MLP(hidden=(880, 340)), (784,), 1.07),
+        "CNN, LeNet-5": (_models.lenet5_caffe(), (28, 28, 1), 1.05),
+    }
+    for name, (model, shape, bound) in networks.items():
+        task = _toy_task(model, shape)
+        tx = task.optimizer(1)
+        params, state = task.init(jax.random.key(0))
+        masks = jprune.prune(jprune.scores.magnitude(params), 0.9)
+        sparse_step = jax.jit(fit.default_step(task, tx), donate_argnums=0)
+        dense_step = jax.jit(_dense_step(task, tx), donate_argnums=0)
+        batch = jax.tree.map(jnp.asarray, dict(task.streams["train"]))
+        key = jax.random.key(1)
+        sparse = jprune.apply_masks(params, masks)
+        carries = {
+            "masked": fit.Carry(sparse, state, tx.init(sparse), masks),
+            "dense": (params, state, tx.init(params)),
+        }
+        steps = {"masked": sparse_step, "dense": dense_step}
+        carries = jax.tree.map(jnp.array, carries)
+
+        times = interleaved(
+            {
+                which: _advancing(step, carries[which], batch, key)
+                for which, step in steps.items()
+            },
+            repeats,
+        )
+        yield ratio(
+            f"masked / dense training step, {name}",
+            times["masked"],
+            times["dense"],
+            bound,
+        )
+
+
+def _advancing(step: Callable, carry: PyTree, *rest: Any) -> Thunk:
+    """Returns a function that makes the next step of training at every call."""
+
+    def advance() -> PyTree:
+        nonlocal carry
+        carry, metrics = step(carry, *rest)
+        return carry, metrics
+
+    return advance
+
+
+def _toy_task(model: Any, shape: tuple[int, ...]) -> Task:
+    rng = np.random.default_rng(0)
+    init, apply = _image.pure(model, shape)
+    stream = {
+        "x": rng.normal(size=(128, *shape)).astype(np.float32),
+        "y": rng.integers(0, 10, 128).astype(np.int32),
+    }
+    return Task(
+        name="benchmark",
+        source="random numbers",
+        init=init,
+        apply=apply,
+        per_example_loss=_image.cross_entropy,
+        metrics=_image.accuracy,
+        streams={"train": stream},
+        optimizer=lambda steps: optax.adam(1e-3),
+        budget=Budget(1, 128),
+    )
+
+
+def _dense_step(task: Task, tx: optax.GradientTransformation) -> Callable:
+    """The step that training without masks would have."""
+
+    def objective(params, state, batch, key):
+        outputs, state = task.apply(params, state, batch["x"], train=True, key=key)
+        value = jnp.mean(task.per_example_loss(outputs, batch))
+        metrics = task.metrics(outputs, batch)
+        measured = {name: jnp.mean(v) for name, v in metrics.items()}
+        return value, (state, {"loss": value, **measured})
+
+    def step(carry, batch, key):
+        params, state, opt_state = carry
+        differentiate = jax.grad(objective, has_aux=True)
+        grads, (state, metrics) = differentiate(params, state, batch, key)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return (optax.apply_updates(params, updates), state, opt_state), metrics
+
+    return step
+
+
+def compilation() -> Iterator[Row]:
+    """The first call of a function: tracing and compiling, in seconds."""
+    for name, bound in (("LeNet-300-100", 4), ("VGG-16-BN", 12)):
+        apply_fn, _, params, (x, _), _ = _network(name)
+        synflow = jprune.scores.synflow(apply_fn)
+
+        def rounds(sparsity, fn=synflow, params=params, x=x[:1]):
+            return jprune.prune_iteratively(fn, params, x, sparsity, rounds=100)
+
+        label = f"compilation of SynFlow's 100 rounds, {name}"
+        yield _compilation(label, rounds, bound)
+    trees = {
+        "ResNet-50": (resnet50_kernels(), 12),
+        "LeNet-300-100": (_network("LeNet-300-100")[2], 1),
+    }
+    for name, (params, bound) in trees.items():
+        scores = jax.tree.map(jnp.abs, params)
+        prune = functools.partial(jprune.prune, scores)
+        yield _compilation(f"compilation of prune, {name}", prune, bound)
+
+
+def _compilation(name: str, call: Callable[[float], Any], bound: float) -> Row:
+    # The second call, at another sparsity, is what was not compilation.
+    marks = []
+    for sparsity in (0.9, 0.95):
+        wall, cpu = time.perf_counter(), time.process_time()
+        jax.block_until_ready(call(sparsity))
+        marks.append((time.perf_counter() - wall, time.process_time() - cpu))
+    first, second = marks
+    return Row(name, first[0] - second[0], first[1] - second[1], bound, unit="s")
+
+
+def resnet50_kernels() -> dict[str, dict[str, jax.Array]]:
+    """Returns random kernels with the shapes of ResNet-50's 54."""
+    shapes, width_in = [(7, 7, 3, 64)], 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            shapes += [(1, 1, width_in, width), (3, 3, width, width)]
+            shapes += [(1, 1, width, 4 * width)]
+            if block == 0:
+                shapes += [(1, 1, width_in, 4 * width)]
+            width_in = 4 * width
+    shapes += [(2048, 1000)]
+    rng = np.random.default_rng(0)
+    return {
+        f"layer{i:02d}": {"kernel": jnp.asarray(rng.normal(size=shape), jnp.float32)}
+        for i, shape in enumerate(shapes)
+    }
+
+
+SECTIONS = {
+    "selection": selection,
+    "scoring": scoring,
+    "training": training,
+    "compilation": compilation,
+}
+
+
+def report(rows: Sequence[Row], console: rich.console.Console) -> None:
+    """Prints the lines as a table, with where and when they were measured."""
+    provenance = results.provenance()
+    versions = ", ".join(f"{k} {v}" for k, v in provenance["versions"].items())
+    table = rich.table.Table(caption=f"{results.now()}; {versions}")
+    for name, align in (
+        ("", "left"),
+        ("wall", "right"),
+        ("CPU", "right"),
+        ("bound", "right"),
+        ("", "left"),
+    ):
+        table.add_column(name, justify=align)
+    for row in rows:
+        sign = "" if row.bound is None else ">= " if row.at_least else "<= "
+        bound = "" if row.bound is None else f"{sign}{row.bound:g} {row.unit}"
+        wall, cpu = (f"{x:.3g} {row.unit}" for x in (row.wall, row.cpu))
+        table.add_row(row.name, wall, cpu, bound, row.met)
+    console.print(table)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Measures the sections that the flag names."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown arguments: {argv[1:]}")
+    console = rich.console.Console(width=120)
+    rows = []
+    for name in flags.FLAGS.sections:
+        for row in SECTIONS[name]():
+            console.print(f"{row.name}: {row.wall:.3g} {row.unit}", highlight=False)
+            rows.append(row)
+    report(rows, console)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_multi_enum(
+        "sections", list(SECTIONS), list(SECTIONS), "What to measure."
+    )
+    app.run(main)

@@ -228,9 +228,9 @@ def default_step(
 ) -> Step:
     """Returns the step that most methods need, for a :class:`Carry`.
 
-    By default the forward pass sees the masked parameters, so the gradient is masked
-    too, and after the update the parameters are masked again: they are exactly zero
-    outside the masks, whatever the optimiser adds to its updates.
+    By default the parameters are zero outside the masks, as those of the first carry
+    must be, so the forward pass sees them as they are; the gradient is masked, and the
+    parameters again after the update, whatever the optimiser adds to it.
 
     The same arguments give the same function, so they should be functions of a module
     and not new closures.
@@ -240,8 +240,8 @@ def default_step(
         tx: the optimiser; its state is the carry's.
         loss: ``(params, outputs, batch) -> scalar`` to minimise instead of the mean of
             the task's losses.
-        forward: ``(params, masks) -> params`` that the model runs on instead of the
-            masked ones.
+        forward: ``(params, masks) -> params`` that the model runs on, for methods that
+            keep weights outside the masks; its own gradient is then what counts.
         constrain: ``(params, masks) -> params`` after the update instead of masking.
 
     Returns:
@@ -254,11 +254,10 @@ def default_step(
 
 @functools.cache
 def _default_step(apply, per_example_loss, metrics, tx, loss, forward, constrain):
-    forward = forward or jprune.apply_masks
     constrain = constrain or jprune.apply_masks
 
     def objective(params, carry, batch, key):
-        seen = forward(params, carry.masks)
+        seen = forward(params, carry.masks) if forward else params
         outputs, state = apply(seen, carry.state, batch["x"], train=True, key=key)
         if loss is None:
             value = jnp.mean(per_example_loss(outputs, batch))
@@ -270,6 +269,8 @@ def _default_step(apply, per_example_loss, metrics, tx, loss, forward, constrain
     def step(carry: Carry, batch: Batch, key: PRNGKeyArray) -> tuple[Carry, Metrics]:
         differentiate = jax.grad(objective, has_aux=True)
         grads, (state, measured) = differentiate(carry.params, carry, batch, key)
+        if forward is None:
+            grads = jprune.apply_masks(grads, carry.masks)
         updates, opt_state = tx.update(grads, carry.opt_state, carry.params)
         params = optax.apply_updates(carry.params, updates)
         params = constrain(params, carry.masks)

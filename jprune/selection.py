@@ -81,7 +81,9 @@ def check_no_nan(leaves: Sequence[Leaf]) -> None:
     values = [leaf.value for leaf in leaves if leaf.size]
     if not values or not is_concrete(*values):
         return
-    if not bool(_suspicious(values)):
+    suspicious = _suspicious(values)
+    # Inside jit, even what is computed from constants is traced.
+    if not is_concrete(suspicious) or not bool(suspicious):
         return
     for leaf in leaves:
         if count := int(jnp.sum(jnp.isnan(leaf.value))):
@@ -476,11 +478,16 @@ def _search(
         level = low + jnp.clip(step, 1, width - 1).astype(dtype)
         # Ranks are all but logarithmic; around zero, values themselves are straight.
         value = (1 - part) * _value(low) + part * _value(high)
-        straight = (low <= 0) & (high > 0) & (turn % 8 != 7) & jnp.isfinite(value)
+        around_zero = (low <= 1) & (high >= 0) & jnp.isfinite(value)
+        straight = around_zero & (turn % 8 != 7)
         level = jnp.where(straight, jnp.clip(_rank(value), low + 1, high - 1), level)
         if first is not None:
             guess = jnp.where(turn == 0, first[0], first[1])
             level = jnp.where(turn < 2, jnp.clip(guess, low + 1, high - 1), level)
+        # Zeros, and what is NaN, are often many: see at once on which side they are.
+        border = jnp.where(turn == 2, 1, 0).astype(dtype)
+        at_border = (turn >= 2) & (turn < 4) & (low < border) & (border < high)
+        level = jnp.where(at_border, border, level)
         count = count_from(level)
         is_open = open_groups(low, high, at_low)
         up, down = is_open & (count >= keep), is_open & (count < keep)
@@ -497,9 +504,9 @@ def _search(
         jnp.full(keep.shape, info.max, dtype),
         sizes,
         jnp.zeros_like(keep),
-        jnp.zeros((), jnp.int32),
+        jnp.asarray(2 if first is None else 0, jnp.int32),
     )
-    low, _, at_low, at_high, _ = lax.while_loop(
+    low, _, at_low, at_high, *_ = lax.while_loop(
         lambda state: jnp.any(open_groups(*state[:3])), narrow, start
     )
     return low, at_low, at_high

@@ -151,8 +151,11 @@ def _caption(setting: Setting, records: Sequence[Record]) -> str:
     twice = ordered([r["config"]["method"] for r in records if len(r["history"]) > 1])
     if twice:
         parts.append(f"as many before pruning for {', '.join(twice)}")
-    parts += sorted({record["source"] for record in records})
-    return "; ".join(parts)
+    return "; ".join([*parts, _sources(records)])
+
+
+def _sources(records: Sequence[Record]) -> str:
+    return "; ".join(sorted({record["source"] for record in records}))
 
 
 def _cell(summary: Summary | None, most: int) -> str:
@@ -219,7 +222,8 @@ def accuracy_figure(setting: Setting, records: Sequence[Record]) -> mpl_figure.F
     axes.yaxis.set_major_locator(ticker.FixedLocator(_PERCENTS))
     axes.set_ylabel("test accuracy in % (log scale of the error)")
     most = max((s.seeds for s in summary.values()), default=0)
-    axes.set_title(f"{setting.task}, mean ± std of {_count(most)}", loc="left")
+    title = f"{setting.task}, mean ± std of {_count(most)}\n{_sources(records)}"
+    axes.set_title(title, loc="left", fontsize="medium")
     _tidy(axes)
     figure.legend(loc="outside right center", frameon=False)
     return figure
@@ -269,7 +273,8 @@ def density_figure(setting: Setting, records: Sequence[Record]) -> mpl_figure.Fi
         axes.set_axis_off()
     figure.supxlabel("layer")
     figure.supylabel("density: kept fraction of the layer's weights")
-    figure.suptitle(f"{setting.task}: where the weights are kept", x=0.02, ha="left")
+    title = f"{setting.task}: where the weights are kept\n{_sources(records)}"
+    figure.suptitle(title, x=0.02, ha="left", fontsize="medium")
     keys = [
         lines.Line2D([], [], color=color, marker="o", markersize=4, label=f"{s:g}")
         for s, color in zip(sparsities, shades, strict=True)

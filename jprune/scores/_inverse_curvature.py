@@ -380,7 +380,9 @@ def _pack_rows(rows: list[Array], problem: _Problem) -> Float[Array, "r k b"]:
 
 @jax.jit
 def _invert(
-    matrix: Float[Array, "k b b"], damping: float, live: Bool[Array, "k b"]
+    matrix: Float[Array, "k b b"],
+    damping: jax.typing.ArrayLike,
+    live: Bool[Array, "k b"],
 ) -> Float[Array, "k b b"]:
     both = live[:, :, None] & live[:, None, :]
     # A 1 on the diagonal of the rest makes the matrix invertible and leaves the living

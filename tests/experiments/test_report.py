@@ -181,3 +181,9 @@ def test_dense_runs_alone_have_a_table_but_no_pictures(tmp_path, records):
     console = rich.console.Console(file=io.StringIO(), width=100)
     assert report.write(tmp_path, records[:2], console) == []
     assert "dense: 97.0 ± 1.4" in console.file.getvalue()
+
+
+def test_both_pictures_say_where_the_data_comes_from(records):
+    accuracy = report.accuracy_figure(SETTING, records)
+    assert "made up" in accuracy.axes[0].get_title(loc="left")
+    assert "made up" in report.density_figure(SETTING, records).get_suptitle()

@@ -283,7 +283,7 @@ def test_leaves_that_are_not_floating_pass_through(golden, name):
     }
     tree = {"net": params, **rest}
     masks = {"net": masks_of(params), **dict.fromkeys(rest, np.True_)}
-    score_fn = _curvature.obd(None, diagonal=lambda _: diagonals[name])
+    score_fn = _curvature.obd(loss, diagonal=lambda _: diagonals[name])
     scores = jax.jit(score_fn)(tree, batch, masks=masks, key=key)
     assert jax.tree.structure(scores) == jax.tree.structure(tree)
     for leaf in rest:

@@ -74,19 +74,11 @@ def test_grasp_of_the_authors(golden_net, by_path):
     indices = np.array(golden_net.numbers["grasp_peer_batch_indices"])
     x, y = golden_net.batch
     score_fn = jprune.scores.grasp(golden_net.apply, loss=golden_net.objective)
-    found = by_path(score_fn(golden_net.params, (x[indices], y[indices])))
-    masks = by_path(
-        jprune.prune(
-            {
-                layer: {"kernel": found[f"{layer}/kernel"]}
-                for layer in golden_net.params
-            },
-            keep=golden_net.numbers["grasp_peer_T200/mask_ratio0.9"]["kept"],
-        )
-    )
-    kept = golden_net.numbers["grasp_peer_T200/mask_ratio0.9"]["per_layer"]
-    for name, count in kept.items():
-        assert masks[f"{name.split('.')[0]}/kernel"].sum() == count
+    scores = score_fn(golden_net.params, (x[indices], y[indices]))
+    found = by_path(scores)
+    quantity = "grasp_peer_T200/mask_ratio0.9"
+    masks = jprune.prune(scores, keep=golden_net.numbers[quantity]["kept"])
+    assert_layer_counts(golden_net, masks, quantity, by_path)
     if golden_net.name == "conv":
         expected = golden_net.golden("grasp_peer_T200/score")
         total = abs(sum(found[path].sum() for path in expected))

@@ -89,8 +89,7 @@ def prune(
     if units.choose is not None:
         _check_no_budget(sparsity, keep, allocation)
         keeps = [units.choose(_leaf_of(scores, g).value, g) for g in units.groups]
-        masks = units_lib.expand(units, scores, keeps)
-        return masks if within is None else masks_lib.intersection(masks, within)
+        return _expand(units, scores, keeps, within)
     plan = _plan(units, allocation, sparsity)
     if isinstance(keep, jax.Array):
         counts = _traced_counts(plan, sparsity, keep)

@@ -450,8 +450,8 @@ def _search(
 
     A bracket ``low < high`` has ``count(low) >= keep`` and ``count(high) < keep`` (or
     0). It closes by interpolation between the counts, aimed a little beyond ``keep`` as
-    seen from the nearer end so that both ends move, with a bisection every eighth turn
-    as the guarantee.
+    seen from the nearer end so that both ends move, and twice as far with every turn
+    in which the same end did; a bisection every eighth turn is the guarantee.
 
     Returns:
         The levels, the counts from them on, and the counts above them.
@@ -467,12 +467,13 @@ def _search(
         return (at_low != keep) & (width_of(low, high) > 1)
 
     def narrow(state: tuple[Array, ...]) -> tuple[Array, ...]:
-        low, high, at_low, at_high, turn = state
+        low, high, at_low, at_high, run, turn = state
         width = width_of(low, high)
         surplus, lack = (at_low - keep).astype(real), (keep - at_high).astype(real)
-        beyond = 0.3 * jnp.sqrt(jnp.minimum(surplus, lack))
-        aim = jnp.where(surplus < lack, surplus + beyond, surplus - beyond)
-        part = jnp.clip(aim / (surplus + lack), 0, 1)
+        near, total = jnp.minimum(surplus, lack), surplus + lack
+        further = near * jnp.exp2(jnp.maximum(jnp.abs(run) - 1, 0).astype(real))
+        aim = jnp.minimum(further + 0.3 * jnp.sqrt(near), total / 2)
+        part = jnp.where(surplus < lack, aim, total - aim) / total
         step = (part * width.astype(real)).astype(unsigned)
         step = jnp.where(turn % 8 == 7, width // 2, step)
         level = low + jnp.clip(step, 1, width - 1).astype(dtype)
@@ -496,6 +497,7 @@ def _search(
             jnp.where(down, level, high),
             jnp.where(up, count, at_low),
             jnp.where(down, count, at_high),
+            jnp.where(up, jnp.maximum(run, 0) + 1, jnp.minimum(run, 0) - 1),
             turn + 1,
         )
 
@@ -504,6 +506,7 @@ def _search(
         jnp.full(keep.shape, info.max, dtype),
         sizes,
         jnp.zeros_like(keep),
+        jnp.zeros(keep.shape, jnp.int32),
         jnp.asarray(2 if first is None else 0, jnp.int32),
     )
     low, _, at_low, at_high, *_ = lax.while_loop(

@@ -15,25 +15,47 @@ from jprune import (
     schedules,
     scores,
     selection,
+    sparse_training,
     trees,
     types,
     units,
 )
 from jprune.masks import apply as apply_masks
 from jprune.pruning import prune, prune_iteratively
+from jprune.sparse_training import (
+    check,
+    forward_params,
+    masks_of,
+    rigl,
+    rigl_itop,
+    set_,
+    set_itop,
+    sparse,
+    static,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "allocation",
     "apply_masks",
+    "check",
+    "forward_params",
     "layouts",
     "masks",
+    "masks_of",
     "prune",
     "prune_iteratively",
+    "rigl",
+    "rigl_itop",
     "schedules",
     "scores",
     "selection",
+    "set_",
+    "set_itop",
+    "sparse",
+    "sparse_training",
+    "static",
     "trees",
     "types",
     "units",

@@ -96,7 +96,7 @@ def prune(
     else:
         counts = _counts(plan, _budget(plan, sparsity, keep))
     pooled = units_lib.pool(units, scores)
-    living = None if within is None else _living(units, scores, within)
+    living = None if within is None else units_lib.living(units, scores, within)
     if living is not None:
         _check_room(units, plan, counts, living)
     keeps = _choose(pooled, living, jnp.asarray(counts), _floors(plan), **_static(plan))
@@ -214,7 +214,7 @@ def _run_rounds(
         named = {} if key is None else {"key": key}
         scores = score_fn(params, chosen, masks=masks, **named)
         within = None if revive else masks
-        living = None if revive else _living(own, params, masks)
+        living = None if revive else units_lib.living(own, params, masks)
         pooled = units_lib.pool(own, scores)
         keeps = _choose(pooled, living, counts, floors, **static)
         return _expand(own, params, keeps, within), None
@@ -385,22 +385,6 @@ def _budgets(
     selection.check_sparsity(sparsity)
     at = schedule(sparsity, steps=rounds)
     return [selection.keep_count(plan.size, float(at(t + 1))) for t in range(rounds)]
-
-
-def _living(units: Units, tree: PyTree, masks: Masks) -> list[Array]:
-    """Returns which units have a weight that lives in the masks."""
-    masks_lib.check(masks, tree)
-    found = trees.leaves_of(masks)
-    return [
-        group.pool(
-            jnp.broadcast_to(found[group.leaf.place].value, group.leaf.shape).astype(
-                jnp.float32
-            ),
-            "max",
-        )
-        > 0
-        for group in units.groups
-    ]
 
 
 def _check_room(

@@ -44,7 +44,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, PyTree
 
-from jprune import _tiles, layouts, masks, trees
+from jprune import _tiles, layouts, trees
+from jprune import masks as masks_lib
 from jprune.types import Layouts, Masks, Params, Prunable, Scores
 
 
@@ -154,7 +155,41 @@ def expand(units: Units, tree: PyTree, keeps: Sequence[Bool[Array, "..."]]) -> M
                 f"the decision {keep.shape}"
             )
         found[group.leaf.place] = group.expand(keep)
-    return trees.replace_leaves(tree, found, masks.never_pruned())
+    return trees.replace_leaves(tree, found, masks_lib.never_pruned())
+
+
+def living(units: Units, tree: PyTree, masks: Masks) -> list[Bool[Array, "..."]]:
+    """Returns which units have an entry that lives in the masks.
+
+    Args:
+        units: the units of a tree.
+        tree: that tree, or another of its structure.
+        masks: masks that fit it.
+
+    Returns:
+        Arrays of the groups' shapes.
+
+    Raises:
+        ValueError: the masks do not fit.
+
+    Example:
+        >>> params = {"kernel": jnp.ones((2, 2))}
+        >>> masks = {"kernel": jnp.array([[True, False], [True, False]])}
+        >>> living(filters(params), params, masks)
+        [Array([[ True, False]], dtype=bool)]
+    """
+    masks_lib.check(masks, tree)
+    found = jax.tree.leaves(masks)
+    return [
+        group.pool(
+            jnp.broadcast_to(found[group.leaf.place], group.leaf.shape).astype(
+                jnp.float32
+            ),
+            "max",
+        )
+        > 0
+        for group in units.groups
+    ]
 
 
 def weights(

@@ -1,0 +1,54 @@
+"""Sparse training in Optax: masks that live in the optimiser.
+
+``sparse(optax.chain(rigl(0.9), optax.adam(1e-3)))`` is an optimiser like any other. It
+keeps its masks in its state, and after every ``optax.apply_updates`` the weights
+outside them are exactly zero.
+"""
+
+from jprune.sparse_training._dynamic import cosine_fraction, dynamic, every
+from jprune.sparse_training._rigl import rigl, rigl_itop
+from jprune.sparse_training._rules import (
+    Event,
+    anywhere,
+    smallest,
+    smallest_of_each_sign,
+    steepest,
+)
+from jprune.sparse_training._set import set_, set_itop
+from jprune.sparse_training._sparse import sparse
+from jprune.sparse_training._state import (
+    MaskState,
+    SparseState,
+    check,
+    distance_from_start,
+    exploration_rate,
+    forward_params,
+    masks_of,
+    survival_of_grown,
+)
+from jprune.sparse_training._static import static
+
+__all__ = [
+    "Event",
+    "MaskState",
+    "SparseState",
+    "anywhere",
+    "check",
+    "cosine_fraction",
+    "distance_from_start",
+    "dynamic",
+    "every",
+    "exploration_rate",
+    "forward_params",
+    "masks_of",
+    "rigl",
+    "rigl_itop",
+    "set_",
+    "set_itop",
+    "smallest",
+    "smallest_of_each_sign",
+    "sparse",
+    "static",
+    "steepest",
+    "survival_of_grown",
+]

@@ -1,0 +1,260 @@
+"""The one transformation of which dynamic sparse training methods are special cases."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, PRNGKeyArray
+
+from jprune import masks as masks_lib
+from jprune import pruning, selection
+from jprune import scores as scores_lib
+from jprune import units as units_lib
+from jprune.allocation import Allocation, erdos_renyi_kernel
+from jprune.pruning import Sparsity
+from jprune.sparse_training import _state
+from jprune.sparse_training._rules import Event
+from jprune.types import Masks, Params, Prunable
+from jprune.units import Units
+
+Drop = Callable[[Event], list[Array]]
+Grow = Callable[[Event], list[Array]]
+Steps = Callable[[Any], Any]
+UnitsOf = Callable[[Params], Units]
+
+
+def dynamic(
+    sparsity: Sparsity | None = None,
+    *,
+    drop: Drop,
+    grow: Grow,
+    fraction: float | Steps,
+    due: Steps,
+    hold: bool = False,
+    regrow: bool = True,
+    allocation: Allocation | None = None,
+    units: UnitsOf | None = None,
+    prunable: Prunable = None,
+    masks: Masks | None = None,
+    seed: int | PRNGKeyArray = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """Makes a transformation that drops and grows weights while it trains.
+
+    It comes first in a chain, sees the dense gradient, and emits the gradient at the
+    masks. In a mask update every layer loses the living units that ``drop`` does not
+    keep, and gains as many where ``grow`` scores highest; so the number of living units
+    of every layer is constant. Finish the chain with :func:`sparse`.
+
+    Args:
+        sparsity: the removed fraction, in [0, 1), or a table of path patterns.
+        drop: ``event -> keep``, which living units stay.
+        grow: ``event -> scores``, larger = grow.
+        fraction: the part of the living units to drop, or ``step -> fraction``.
+        due: ``step -> bool``, whether the masks are updated.
+        hold: whether a mask update takes the place of the gradient step.
+        regrow: whether what was just dropped may grow at once, and then keeps its
+            value.
+        allocation: of the initial masks, see :mod:`jprune.allocation`;
+            Erdos-Renyi-Kernel unless given.
+        units: what is dropped and grown at once: a builder such as
+            ``jprune.units.filters``; single weights unless given.
+        prunable: which leaves are pruned, see :func:`jprune.trees.prunable_leaves`.
+        masks: the initial masks, in place of ``sparsity`` and random ones.
+        seed: of the initial masks and of random growth; an int or a key.
+
+    Returns:
+        A transformation whose state is a :class:`MaskState`. A mask update with a
+        gradient that is not finite is left out, and counted in the state.
+
+    Raises:
+        ValueError: (from ``init``) a sparsity outside [0, 1), both or neither of
+            ``sparsity`` and ``masks``, masks that do not fit, or what
+            :func:`jprune.prune` says; (from ``update``) no ``params``.
+    """
+    if (sparsity is None) == (masks is None):
+        raise ValueError(
+            f"sparsity, masks: give one of them, got {sparsity!r} and "
+            f"{'masks' if masks is not None else None}"
+        )
+    if isinstance(sparsity, jax.Array):
+        raise ValueError("sparsity: a Python number is needed, not an array")
+    if isinstance(sparsity, (float, int)):
+        selection.check_sparsity(sparsity)
+
+    def units_of(params: Params) -> Units:
+        if units is None:
+            return units_lib.weights(params, prunable=prunable)
+        return units(params)
+
+    def init_fn(params: Params) -> _state.MaskState:
+        own = units_of(params)
+        key = jax.random.key(seed) if isinstance(seed, int) else jnp.asarray(seed)
+        key, first = jax.random.split(key)
+        if masks is not None:
+            start = units_lib.expand(own, params, units_lib.living(own, params, masks))
+        else:
+            noise = scores_lib.random(params, key=first)
+            spread = None if isinstance(sparsity, Mapping) else erdos_renyi_kernel()
+            start = pruning.prune(
+                noise, sparsity, units=own, allocation=allocation or spread
+            )
+        return _state.MaskState(
+            step=jnp.zeros((), jnp.int32),
+            key=key,
+            masks=start,
+            initial=start,
+            visited=start,
+            hold=jnp.zeros((), bool),
+            refused=jnp.zeros((), jnp.int32),
+        )
+
+    def mask_update(
+        carry: tuple[Masks, Masks, Array], step: Array, key: Array, params, grads
+    ) -> tuple[Masks, Masks, Array]:
+        masks, visited, refused = carry
+        own = units_of(params)
+        event = Event(
+            step=step,
+            key=jax.random.fold_in(key, step),
+            fraction=jnp.asarray(
+                fraction(step) if callable(fraction) else fraction, float
+            ),
+            units=own,
+            weights=_floats(own, params),
+            grads=_floats(own, grads),
+            living=units_lib.living(own, params, masks),
+        )
+        keeps = drop(event)
+        lost = event.counts(event.living) - event.counts(keeps)
+        free = [~keep for keep in keeps]
+        if not regrow:
+            free = [~alive for alive in event.living]
+        grown = event.top(grow(event), free, lost)
+        chosen = [keep | new for keep, new in zip(keeps, grown, strict=True)]
+        new = units_lib.expand(own, params, chosen)
+        finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(g)) for g in event.grads]))
+        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, masks)
+        return new, masks_lib.union(visited, new), refused + ~finite
+
+    update_when_due = _conditional(mask_update)
+
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, _state.MaskState]:
+        del extra_args
+        if params is None:
+            raise ValueError(
+                "params: they are needed; call update(grads, state, params)"
+            )
+        is_due = jnp.asarray(due(state.step))
+        carry = (state.masks, state.visited, state.refused)
+        masks, visited, refused = update_when_due(
+            is_due, carry, state.step, state.key, params, updates
+        )
+        state = state._replace(
+            step=optax.safe_increment(state.step),
+            masks=masks,
+            visited=visited,
+            hold=is_due & (refused == state.refused) & hold,
+            refused=refused,
+        )
+        return masks_lib.apply(updates, masks), state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def every(period: int, *, start: int | None = None, end: int | None = None) -> Steps:
+    """Returns the function that is true every ``period`` steps.
+
+    Args:
+        period: the number of steps from one event to the next.
+        start: the first event; ``period`` unless given.
+        end: the step from which on there is no event; never unless given.
+
+    Raises:
+        ValueError: ``period`` is below 1.
+
+    Example:
+        >>> due = every(2, end=6)
+        >>> [step for step in range(9) if due(step)]
+        [2, 4]
+    """
+    if period < 1:
+        raise ValueError(f"every: {period} is below 1")
+    first = period if start is None else start
+
+    def due(step: Any) -> Any:
+        inside = (step >= first) if end is None else (step >= first) & (step < end)
+        return inside & ((step - first) % period == 0)
+
+    return due
+
+
+def cosine_fraction(initial: float, *, end: int, final: float = 0.0) -> Steps:
+    """Returns the fraction that falls along half a cosine.
+
+    ``f(t) = final + (initial - final) (1 + cos(pi t / end)) / 2``, and ``final`` after
+    the end.
+
+    Example:
+        >>> fraction = cosine_fraction(0.3, end=100)
+        >>> [round(float(fraction(t)), 4) for t in (0, 50, 100)]
+        [0.3, 0.15, 0.0]
+    """
+    if not 0 <= final <= initial <= 1:
+        raise ValueError(f"fraction: {initial} to {final} does not fall within [0, 1]")
+
+    def fraction(step: Any) -> Any:
+        t = jnp.minimum(step, end) / end
+        return final + (initial - final) * (1 + jnp.cos(jnp.pi * t)) / 2
+
+    return fraction
+
+
+def _floats(units: Units, tree: Any) -> list[Array]:
+    leaves = jax.tree.leaves(tree)
+    return [
+        jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32))
+        for x in (leaves[group.leaf.place] for group in units.groups)
+    ]
+
+
+def _conditional(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes ``(due, carry, *rest) -> fn(carry, *rest) if due else carry``.
+
+    Under ``vmap``, where a ``cond`` would compute both branches in every step, ``fn``
+    runs only if it is due for some element.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def call(due: Array, carry: Any, rest: tuple) -> Any:
+        return jax.lax.cond(due, lambda c: fn(c, *rest), lambda c: c, carry)
+
+    @call.def_vmap
+    def _(size: int, batched: Any, due: Array, carry: Any, rest: tuple) -> Any:
+        def spread(value: Array, is_batched: bool) -> Array:
+            return (
+                value if is_batched else jnp.broadcast_to(value, (size, *value.shape))
+            )
+
+        axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, batched[2])
+        carry = jax.tree.map(spread, carry, batched[1])
+        dues = spread(due, batched[0])
+
+        def run(carry: Any) -> Any:
+            new = jax.vmap(lambda c, r: fn(c, *r), in_axes=(0, axes))(carry, rest)
+            return jax.tree.map(
+                lambda a, b: jnp.where(dues.reshape(size, *[1] * (a.ndim - 1)), a, b),
+                new,
+                carry,
+            )
+
+        out = jax.lax.cond(jnp.any(due), run, lambda c: c, carry)
+        return out, jax.tree.map(lambda _: True, out)
+
+    return lambda due, carry, *rest: call(due, carry, rest)

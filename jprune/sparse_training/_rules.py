@@ -1,0 +1,110 @@
+"""What a mask update sees, and the rules that drop and grow by it."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from jprune import selection
+from jprune.units import Units
+
+
+class Event(NamedTuple):
+    """What the rules of a mask update see; lists have one entry a group of units.
+
+    Attributes:
+        step: the number of updates before this one.
+        key: a fresh key.
+        fraction: of the living units, how many to drop.
+        units: the units.
+        weights: the parameters, in float32 at least, with their own shapes.
+        grads: the gradients, likewise.
+        living: which units live, in the groups' shapes.
+    """
+
+    step: Int[Array, ""]
+    key: PRNGKeyArray
+    fraction: Float[Array, ""]
+    units: Units
+    weights: list[Array]
+    grads: list[Array]
+    living: list[Array]
+
+    @property
+    def stacks(self) -> list[int | None]:
+        """For each group the axis of its stack of layers, or None."""
+        return [group.stack for group in self.units.groups]
+
+    def pool(self, values: Sequence[Array]) -> list[Array]:
+        """Returns values of entries pooled to units."""
+        groups = zip(self.units.groups, values, strict=True)
+        return [group.pool(value, self.units.how) for group, value in groups]
+
+    def counts(self, hits: Sequence[Bool[Array, "..."]]) -> Int[Array, " layers"]:
+        """Returns how many units are hit in each layer."""
+        found = []
+        for hit, axis in zip(hits, self.stacks, strict=True):
+            others = tuple(i for i in range(hit.ndim) if i != axis)
+            found.append(jnp.sum(hit, axis=others, dtype=jnp.int32).ravel())
+        return jnp.concatenate(found)
+
+    def top(
+        self,
+        scores: Sequence[Array],
+        among: Sequence[Array],
+        counts: Int[Array, " layers"],
+    ) -> list[Array]:
+        """Returns the units with the largest scores in each layer, among some."""
+        ranked = [
+            jnp.where(some, score, jnp.nan)
+            for score, some in zip(scores, among, strict=True)
+        ]
+        return selection.select(ranked, counts, stacks=self.stacks)
+
+
+def _layers_kept(event: Event) -> Int[Array, " layers"]:
+    """Returns how many units of each layer stay when a fraction of them is dropped."""
+    living = event.counts(event.living)
+    return living - jnp.floor(event.fraction * living).astype(living.dtype)
+
+
+def smallest(event: Event) -> list[Array]:
+    """Drops the fraction of each layer with the smallest magnitude, rounded down."""
+    magnitudes = event.pool([jnp.abs(w) for w in event.weights])
+    return event.top(magnitudes, event.living, _layers_kept(event))
+
+
+def smallest_of_each_sign(event: Event) -> list[Array]:
+    """Drops the smallest positive and the largest negative weights of each layer.
+
+    The fraction is taken of either sign, rounded down; zeros stay.
+    """
+    values = event.pool(event.weights)
+    kept = [
+        alive & (value == 0) for alive, value in zip(event.living, values, strict=True)
+    ]
+    for sign in (1, -1):
+        side = [
+            alive & (sign * value > 0)
+            for alive, value in zip(event.living, values, strict=True)
+        ]
+        signed = [sign * value for value in values]
+        best = event.top(signed, side, _layers_kept(event._replace(living=side)))
+        kept = [a | b for a, b in zip(kept, best, strict=True)]
+    return kept
+
+
+def steepest(event: Event) -> list[Array]:
+    """Grows where the dense gradient is largest in magnitude."""
+    return event.pool([jnp.abs(g) for g in event.grads])
+
+
+def anywhere(event: Event) -> list[Array]:
+    """Grows at random."""
+    keys = jax.random.split(event.key, len(event.living))
+    return [
+        jax.random.uniform(key, alive.shape)
+        for key, alive in zip(keys, event.living, strict=True)
+    ]

@@ -138,7 +138,7 @@ def _count_stray(params: Params, masks: Masks) -> Array:
         )
         if np.ndim(mask)
     ]
-    return jnp.sum(jnp.stack(counts))
+    return jnp.sum(jnp.stack(counts), dtype=jnp.int32)
 
 
 def _check_moments(params: Params, masks: Masks, inner: optax.OptState) -> None:

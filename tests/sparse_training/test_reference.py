@@ -1,0 +1,180 @@
+"""The methods against NumPy in float64, over 200 steps with many mask updates."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tests.sparse_training import references
+
+import jprune
+from jprune import sparse_training
+
+STEPS, EVERY, END = 200, 15, 170
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def loss_fn(params, batch):
+    x, y = batch
+    h = jnp.tanh(x @ params["fc0"]["kernel"] + params["fc0"]["bias"])
+    return jnp.mean((h @ params["fc1"]["kernel"] + params["fc1"]["bias"] - y) ** 2)
+
+
+def kernels(masks):
+    return {layer: np.asarray(mask["kernel"]) for layer, mask in masks.items()}
+
+
+def run(tx, params, batch, steps=STEPS):
+    """Trains in one scan; returns parameters, state, and the masks of every step."""
+    params = jax.tree.map(jnp.asarray, params)
+    batch = jax.tree.map(jnp.asarray, batch)
+    state = tx.init(params)
+    start = jprune.masks_of(state)
+    params = jprune.apply_masks(params, start)
+
+    def step(carry, _):
+        params, state = carry
+        grads = jax.grad(loss_fn)(params, batch)
+        updates, state = tx.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), jprune.masks_of(state)
+
+    scan = jax.jit(lambda carry: jax.lax.scan(step, carry, length=steps))
+    (params, state), history = scan((params, state))
+    return params, state, kernels(start), history
+
+
+def assert_same(params, expected, history, expected_history):
+    for t, masks in enumerate(expected_history):
+        for layer, mask in masks.items():
+            found = np.asarray(history[layer]["kernel"][t])
+            assert np.array_equal(found, mask), (t, layer)
+    flat = zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True)
+    for found, wanted in flat:
+        np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-12)
+
+
+def changes(history):
+    return sum(
+        any(np.any(a[x] != b[x]) for x in a)
+        for a, b in zip(history[:-1], history[1:], strict=True)
+    )
+
+
+@pytest.mark.parametrize("hold", [True, False])
+def test_rigl_with_adam(hold):
+    params, batch = references.problem()
+    rigl = jprune.rigl(0.7, every=EVERY, end=END, hold=hold, seed=3)
+    tx = jprune.sparse(optax.chain(rigl, optax.adam(1e-2)))
+    found, state, start, history = run(tx, params, batch)
+
+    def next_mask(t, layer, weight, gradient, mask):
+        fraction = 0.3 / 2 * (1 + np.cos(t * np.pi / END))
+        return references.rigl_masks(weight, gradient, mask, fraction)
+
+    expected, expected_history = references.train(
+        params,
+        batch,
+        start,
+        lambda shape: references.Adam(1e-2, shape),
+        STEPS,
+        lambda t: t > 0 and t % EVERY == 0 and t < END,
+        next_mask,
+        hold=hold,
+    )
+    assert changes(expected_history) > 5
+    assert_same(found, expected, history, expected_history)
+    jprune.check(state)
+
+
+def test_set_with_momentum():
+    params, batch = references.problem(seed=1)
+    method = jprune.set_(0.6, every=EVERY, end=END, seed=5)
+    tx = jprune.sparse(optax.chain(method, optax.sgd(0.02, momentum=0.9)))
+    found, state, start, history = run(tx, params, batch)
+    key = state.inner[0].key
+
+    def next_mask(t, layer, weight, gradient, mask):
+        # The one thing that cannot be independent is the draw.
+        keys = jax.random.split(jax.random.fold_in(key, t), 2)
+        draw = jax.random.uniform(keys[int(layer[-1])], weight.shape)
+        return references.set_masks(weight, np.asarray(draw), mask, 0.3)
+
+    expected, expected_history = references.train(
+        params,
+        batch,
+        start,
+        lambda shape: references.Momentum(0.02, shape),
+        STEPS,
+        lambda t: t > 0 and t % EVERY == 0 and t < END,
+        next_mask,
+        hold=False,
+    )
+    assert changes(expected_history) > 5
+    assert_same(found, expected, history, expected_history)
+    jprune.check(state)
+
+
+def test_counts_of_layers_are_constant_and_dead_weights_are_zero():
+    params, batch = references.problem(seed=2)
+    for method in (
+        jprune.rigl(0.8, every=7, end=END),
+        jprune.set_(0.8, every=7),
+        jprune.rigl_itop(0.8, steps=STEPS, every=7),
+        jprune.set_itop(0.8, steps=STEPS, every=7),
+        jprune.static(0.8),
+    ):
+        tx = jprune.sparse(optax.chain(method, optax.adamw(1e-2, weight_decay=0.1)))
+        found, state, start, history = run(tx, params, batch)
+        for layer, mask in start.items():
+            counts = np.asarray(history[layer]["kernel"]).sum((1, 2))
+            assert np.all(counts == mask.sum())
+            dead = ~np.asarray(jprune.masks_of(state)[layer]["kernel"])
+            assert np.all(np.asarray(found[layer]["kernel"])[dead] == 0.0)
+            for moment in (state.inner[1][0].mu, state.inner[1][0].nu):
+                assert np.all(np.asarray(moment[layer]["kernel"])[dead] == 0.0)
+        assert float(loss_fn(found, batch)) < float(loss_fn(params, batch))
+
+
+def test_all_masks_true_is_the_inner_optimizer_to_the_bit():
+    # Step by step: a compiled whole may contract multiplications otherwise.
+    params, batch = jax.tree.map(jnp.asarray, references.problem())
+    full = jprune.masks.dense(params)
+    rigl = jprune.rigl(masks=full, every=2, hold=False)
+    found = {}
+    for name, tx in {
+        "sparse": jprune.sparse(optax.chain(rigl, optax.adam(1e-2))),
+        "plain": optax.adam(1e-2),
+    }.items():
+        state, now = tx.init(params), params
+        for _ in range(5):
+            updates, state = tx.update(jax.grad(loss_fn)(now, batch), state, now)
+            now = optax.apply_updates(now, updates)
+        found[name] = now
+    flat = map(jax.tree.leaves, found.values())
+    for a, b in zip(*flat, strict=True):
+        assert np.array_equal(a, b)
+
+
+def test_diagnostics_follow_the_masks():
+    params, batch = references.problem(seed=4)
+    tx = jprune.sparse(
+        optax.chain(jprune.set_itop(0.7, steps=STEPS, every=9), optax.sgd(0.02))
+    )
+    _, state, start, history = run(tx, params, batch)
+    masks = {k: np.asarray(v["kernel"]) for k, v in history.items()}
+    ever = {k: start[k] | masks[k].any(0) for k in start}
+    size = sum(m.size for m in start.values())
+    rate = sum(m.sum() for m in ever.values()) / size
+    assert float(sparse_training.exploration_rate(state)) == pytest.approx(rate)
+    moved = sum((masks[k][-1] != start[k]).sum() for k in start)
+    assert int(sparse_training.distance_from_start(state)) == moved
+    grown = {k: ever[k] & ~start[k] for k in start}
+    alive = sum((grown[k] & masks[k][-1]).sum() for k in start)
+    share = alive / sum(m.sum() for m in grown.values())
+    assert float(sparse_training.survival_of_grown(state)) == pytest.approx(share)
+    assert rate > 0.4

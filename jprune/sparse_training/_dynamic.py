@@ -53,7 +53,8 @@ def dynamic(
         grow: ``event -> scores``, larger = grow.
         fraction: the part of the living units to drop, or ``step -> fraction``.
         due: ``step -> bool``, whether the masks are updated.
-        hold: whether a mask update takes the place of the gradient step.
+        hold: whether a mask update takes the place of the gradient step (inside
+            :func:`sparse`).
         regrow: whether what was just dropped may grow at once, and then keeps its
             value.
         allocation: of the initial masks, see :mod:`jprune.allocation`;
@@ -88,6 +89,9 @@ def dynamic(
             return units_lib.weights(params, prunable=prunable)
         return units(params)
 
+    def next_hold(step: Array) -> Array | None:
+        return jnp.asarray(due(step)) if hold else None
+
     def init_fn(params: Params) -> _state.MaskState:
         own = units_of(params)
         key = jax.random.key(seed) if isinstance(seed, int) else jnp.asarray(seed)
@@ -106,7 +110,8 @@ def dynamic(
             masks=start,
             initial=start,
             visited=start,
-            hold=jnp.zeros((), bool),
+            changed=jnp.zeros((), bool),
+            hold_next=next_hold(jnp.zeros((), jnp.int32)),
             refused=jnp.zeros((), jnp.int32),
         )
 
@@ -156,11 +161,13 @@ def dynamic(
         masks, visited, refused = update_when_due(
             is_due, carry, state.step, state.key, params, updates
         )
+        step = optax.safe_increment(state.step)
         state = state._replace(
-            step=optax.safe_increment(state.step),
+            step=step,
             masks=masks,
             visited=visited,
-            hold=is_due & (refused == state.refused) & hold,
+            changed=is_due | (state.step == 0),
+            hold_next=next_hold(step),
             refused=refused,
         )
         return masks_lib.apply(updates, masks), state

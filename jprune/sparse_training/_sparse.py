@@ -1,6 +1,6 @@
 """The outer transformation that makes any chain with masks exact."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -75,53 +75,100 @@ def sparse(
                 "params: sparse needs them; call update(grads, state, params)"
             )
         before = _masks_for(params, state.inner)
-        updates, inner = tx.update(updates, state.inner, params, **extra_args)
-        after = _masks_for(params, inner)
-        found = _state.holders(inner)
-        hold = jnp.any(jnp.stack([holder.hold for holder in found]))
-        begun = jnp.any(jnp.stack([holder.step > 1 for holder in found]))
-        stray = state.stray + jnp.where(begun, _count_stray(params, before), 0)
-
-        def land(update: Array, param: Array, mask: Array) -> Array:
-            kept = jnp.where(hold, jnp.zeros_like(update), update)
-            if not np.ndim(mask):
-                return kept
-            return jnp.where(mask, kept, -param.astype(update.dtype))
-
-        # What a moment is at the start; XLA folds what it does not need.
+        # What a moment is at the start; XLA drops what nobody asks for.
         fresh = tx.init(jax.tree.map(_zeros_like, params))
-        unbroken = masks_lib.intersection(before, after)
-        inner = _finish(params, unbroken, hold, state.inner, inner, fresh)
-        updates = jax.tree.map(land, updates, params, after)
-        return updates, _state.SparseState(inner, stray)
+
+        def reset(inner: PyTree, after: Masks) -> PyTree:
+            unbroken = masks_lib.intersection(before, after)
+            return _where_unbroken(params, unbroken, inner, fresh)
+
+        def descend(carry: tuple) -> tuple:
+            grads, inner = carry
+            updates, inner = tx.update(grads, inner, params, **extra_args)
+            after = _masks_for(params, inner)
+            changed = _any(holder.changed for holder in _state.holders(inner))
+            inner = _once(changed, lambda inner: reset(inner, after), inner)
+            return _land(updates, params, after), inner
+
+        def spend(carry: tuple) -> tuple:
+            grads, inner = carry
+            _, new = tx.update(grads, inner, params, **extra_args)
+            after = _masks_for(params, new)
+            still = jax.tree.map(jnp.zeros_like, updates)
+            inner = jax.tree.map(
+                lambda new, old: new if _state.is_holder(new) else old,
+                new,
+                inner,
+                is_leaf=_state.is_holder,
+            )
+            return _land(still, params, after), reset(inner, after)
+
+        holders = _state.holders(state.inner)
+        holds = [x.hold_next for x in holders if x.hold_next is not None]
+        carry = (updates, state.inner)
+        if not holds:
+            updates, inner = descend(carry)
+        else:
+            # Two loops of no turn or one: unlike a cond, they work in place.
+            spends = _any(holds)
+            carry = _of_types(carry, jax.eval_shape(descend, carry))
+            carry = _once(~spends, descend, carry)
+            updates, inner = _once(spends, spend, carry)
+        begun = _any(holder.step > 0 for holder in holders)
+        stray = jnp.where(begun, _count_stray(params, before), 0)
+        return updates, _state.SparseState(inner, state.stray + stray)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _finish(
-    params: Params,
-    unbroken: Masks,
-    hold: Array,
-    old: PyTree,
-    new: PyTree,
-    fresh: PyTree,
+def _land(updates: optax.Updates, params: Params, masks: Masks) -> optax.Updates:
+    """Returns updates that take the weights outside the masks to exactly zero."""
+    return jax.tree.map(
+        lambda u, p, m: jnp.where(m, u, -p.astype(u.dtype)) if np.ndim(m) else u,
+        updates,
+        params,
+        masks,
+    )
+
+
+def _where_unbroken(
+    params: Params, unbroken: Masks, inner: PyTree, fresh: PyTree
 ) -> PyTree:
     """Returns the inner state with fresh moments where a life was not unbroken."""
     place_of = _Places(params)
     masks = jax.tree.leaves(unbroken)
 
-    def leaf(keys: Sequence[Any], new: Any, old: Any, fresh: Any) -> Any:
-        if _state.is_holder(new):
-            return new
-        held = jnp.where(hold, old, new)
-        place = place_of(keys, np.shape(new))
+    def leaf(keys: Sequence[Any], value: Any, fresh: Any) -> Any:
+        place = None if _state.is_holder(value) else place_of(keys, np.shape(value))
         if place is None or not np.ndim(masks[place]):
-            return held
-        return jnp.where(masks[place], held, fresh)
+            return value
+        return jnp.where(masks[place], value, fresh)
 
     return jax.tree_util.tree_map_with_path(
-        leaf, new, old, fresh, is_leaf=_state.is_holder
+        leaf, inner, fresh, is_leaf=_state.is_holder
     )
+
+
+def _once(needed: Array, fn: Callable[[Any], Any], carry: Any) -> Any:
+    """Returns ``fn(carry)`` if it is needed, else ``carry``, without a copy."""
+
+    def turn(state: tuple) -> tuple:
+        return jnp.zeros((), bool), fn(state[1])
+
+    return jax.lax.while_loop(lambda state: state[0], turn, (needed, carry))[1]
+
+
+def _of_types(carry: Any, types: Any) -> Any:
+    """Returns the carry with arrays of the given types, to be overwritten."""
+    return jax.tree.map(
+        lambda x, t: x if x.dtype == t.dtype else jnp.zeros(t.shape, t.dtype),
+        carry,
+        types,
+    )
+
+
+def _any(flags: Iterable[Array]) -> Array:
+    return jnp.any(jnp.stack(list(flags)))
 
 
 def _masks_for(params: Params, inner: optax.OptState) -> Masks:

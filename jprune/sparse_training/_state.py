@@ -22,8 +22,9 @@ class MaskState(NamedTuple):
         masks: which weights live.
         initial: the masks of the beginning.
         visited: which weights have ever lived.
-        hold: whether the last update was spent on the masks, so that :func:`sparse`
-            takes no gradient step.
+        changed: whether the last update was one of the masks, or the first of all.
+        hold_next: whether the next update is to be spent on the masks, so that
+            :func:`sparse` takes no gradient step; None if that never happens.
         refused: how many mask updates were left out because a gradient was not finite.
     """
 
@@ -32,7 +33,8 @@ class MaskState(NamedTuple):
     masks: Masks
     initial: Masks
     visited: Masks
-    hold: Bool[Array, ""]
+    changed: Bool[Array, ""]
+    hold_next: Bool[Array, ""] | None
     refused: Int[Array, ""]
 
 

@@ -3,6 +3,8 @@
 A network of two layers on a least-squares problem; nothing here knows the library.
 """
 
+import itertools
+
 import numpy as np
 
 
@@ -11,7 +13,7 @@ def problem(seed=0, sizes=(10, 16, 6), examples=32):
     rng = np.random.default_rng(seed)
     params = {
         f"fc{i}": {"kernel": rng.normal(size=(a, b)) / np.sqrt(a), "bias": np.zeros(b)}
-        for i, (a, b) in enumerate(zip(sizes[:-1], sizes[1:], strict=True))
+        for i, (a, b) in enumerate(itertools.pairwise(sizes))
     }
     x, y = (rng.normal(size=(examples, n)) for n in (sizes[0], sizes[-1]))
     return params, (x, y)

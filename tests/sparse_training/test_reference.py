@@ -1,14 +1,16 @@
 """The methods against NumPy in float64, over 200 steps with many mask updates."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tests.sparse_training import references
 
 import jprune
 from jprune import sparse_training
+from tests.sparse_training import references
 
 STEPS, EVERY, END = 200, 15, 170
 
@@ -60,8 +62,7 @@ def assert_same(params, expected, history, expected_history):
 
 def changes(history):
     return sum(
-        any(np.any(a[x] != b[x]) for x in a)
-        for a, b in zip(history[:-1], history[1:], strict=True)
+        any(np.any(a[x] != b[x]) for x in a) for a, b in itertools.pairwise(history)
     )
 
 

@@ -150,7 +150,7 @@ def dynamic(
         state: Any,
         params: Params | None = None,
         **extra_args: Any,
-    ) -> tuple[optax.Updates, _state.MaskState]:
+    ) -> tuple[optax.Updates, Any]:
         del extra_args
         if params is None:
             raise ValueError(

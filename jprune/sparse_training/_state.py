@@ -43,8 +43,8 @@ class SparseState(NamedTuple):
 
     Attributes:
         inner: the state of the transformation that it finishes.
-        stray: how many non-zero weights have arrived outside the masks, all steps but
-            the first one together.
+        stray: how many non-zero weights have arrived outside the masks, at the second
+            update and at every 16th from there, all together.
     """
 
     inner: optax.OptState

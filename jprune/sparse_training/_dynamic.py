@@ -92,7 +92,7 @@ def dynamic(
     def next_hold(step: Array) -> Array | None:
         return jnp.asarray(due(step)) if hold else None
 
-    def init_fn(params: Params) -> _state.MaskState:
+    def init_fn(params: Params) -> Any:
         own = units_of(params)
         key = jax.random.key(seed) if isinstance(seed, int) else jnp.asarray(seed)
         key, first = jax.random.split(key)

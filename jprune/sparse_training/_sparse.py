@@ -61,7 +61,7 @@ def sparse(
     """
     tx = optax.with_extra_args_support(tx)
 
-    def init_fn(params: Params) -> _state.SparseState:
+    def init_fn(params: Params) -> Any:
         inner = tx.init(params)
         masks = _masks_for(params, inner)
         if not approximate:

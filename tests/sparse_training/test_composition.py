@@ -1,0 +1,280 @@
+"""Methods inside and outside other transformations: each cell trains a small network.
+
+Every cell asserts exact counts, exact zeros, one compilation and descent.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jprune
+
+STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def setting():
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = {
+        "fc1": {
+            "kernel": jax.random.normal(keys[0], (6, 12)) / 3,
+            "bias": jnp.zeros(12),
+        },
+        "fc2": {"kernel": jax.random.normal(keys[1], (12, 4)) / 3},
+    }
+    batch = jax.random.normal(keys[2], (32, 6)), jax.random.normal(keys[3], (32, 4))
+    return params, batch
+
+
+def loss_fn(params, batch):
+    hidden = jnp.tanh(batch[0] @ params["fc1"]["kernel"] + params["fc1"]["bias"])
+    return jnp.mean((hidden @ params["fc2"]["kernel"] - batch[1]) ** 2)
+
+
+METHODS = {
+    "rigl": lambda **kw: jprune.rigl(0.7, every=5, end=21, **kw),
+    "set": lambda **kw: jprune.set_(0.7, every=5, **kw),
+    "static": lambda **kw: jprune.static(0.7, **kw),
+}
+
+
+def chain(*rest):
+    """The method first, the rest behind, `sparse` around."""
+    return lambda method: jprune.sparse(optax.chain(method, *rest))
+
+
+def reduce_on_plateau(method):
+    plateau = optax.contrib.reduce_on_plateau(patience=3)
+    return jprune.sparse(optax.chain(method, optax.adam(1e-2), plateau))
+
+
+def partition(method):
+    labels = {"fc1": {"kernel": "a", "bias": "a"}, "fc2": {"kernel": "b"}}
+    parts = {
+        "a": optax.chain(method, optax.adam(1e-2)),
+        "b": optax.chain(method, optax.sgd(1e-2)),
+    }
+    return jprune.sparse(optax.partition(parts, labels))
+
+
+def masked(method):
+    only = {"fc1": {"kernel": True, "bias": False}, "fc2": {"kernel": True}}
+    return jprune.sparse(optax.chain(optax.masked(method, only), optax.adam(1e-2)))
+
+
+def injected(method):
+    inner = optax.inject_hyperparams(optax.adam)(
+        learning_rate=optax.linear_schedule(1e-2, 1e-3, STEPS)
+    )
+    return jprune.sparse(optax.chain(method, inner))
+
+
+def schedule_free(method):
+    inner = optax.contrib.schedule_free(optax.adam(1e-2), 1e-2)
+    return jprune.sparse(optax.chain(method, inner))
+
+
+def multi_steps(method):
+    tx = jprune.sparse(optax.chain(method, optax.adam(2e-2)))
+    return optax.MultiSteps(tx, 2).gradient_transformation()
+
+
+OPTIMIZERS = {
+    "sgd": chain(optax.sgd(0.05)),
+    "momentum": chain(optax.sgd(0.05, momentum=0.9)),
+    "nesterov": chain(optax.sgd(0.05, momentum=0.9, nesterov=True)),
+    "adam": chain(optax.adam(1e-2)),
+    "adamw": chain(optax.adamw(1e-2, weight_decay=0.1)),
+    "lion": chain(optax.lion(3e-3)),
+    "rmsprop": chain(optax.rmsprop(1e-2)),
+    "muon": chain(optax.contrib.muon(1e-2)),
+    "clip": chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2)),
+    "ema": chain(optax.adam(1e-2), optax.ema(0.5)),
+    "schedule_free": schedule_free,
+    "inject_hyperparams": injected,
+    "reduce_on_plateau": reduce_on_plateau,
+    "partition": partition,
+    "masked": masked,
+    "MultiSteps": multi_steps,
+    "apply_if_finite": lambda m: optax.apply_if_finite(
+        jprune.sparse(optax.chain(m, optax.adam(1e-2))), 3
+    ),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("method", ["rigl", "set"])
+def test_counts_zeros_one_compilation_and_descent(method, optimizer, setting):
+    params, batch = setting
+    start = float(loss_fn(params, batch))
+    tx = OPTIMIZERS[optimizer](METHODS[method]())
+    traces = []
+
+    @jax.jit
+    def step(params, state):
+        traces.append(None)
+        value, grads = jax.value_and_grad(loss_fn)(params, batch)
+        updates, state = tx.update(grads, state, params, value=value)
+        return optax.apply_updates(params, updates), state
+
+    state = jax.jit(tx.init)(params)
+    first = jprune.masks_of(state)
+    params = jprune.apply_masks(params, first)
+    for _ in range(STEPS):
+        params, state = step(params, state)
+    masks = jprune.masks_of(state)
+    assert len(traces) == 1
+    moved = 0
+    for layer in masks:
+        mask = np.asarray(masks[layer]["kernel"])
+        assert mask.sum() == np.asarray(first[layer]["kernel"]).sum()
+        assert np.all(np.asarray(params[layer]["kernel"])[~mask] == 0.0)
+        moved += np.sum(mask != np.asarray(first[layer]["kernel"]))
+    assert moved > 0
+    assert float(loss_fn(params, batch)) < start
+    jprune.check(state)
+
+
+def test_factored_moments_are_refused_unless_accepted(setting):
+    params = {"kernel": jnp.ones((128, 128))}
+    tx = optax.chain(jprune.static(0.5), optax.adafactor(1e-2))
+    with pytest.raises(ValueError, match=r"v_row.*'kernel'.*approximate=True"):
+        jprune.sparse(tx).init(params)
+    jprune.sparse(tx, approximate=True).init(params)
+
+
+def test_no_holder_and_two_holders_are_errors(setting):
+    params, _ = setting
+    with pytest.raises(ValueError, match="no part of it holds masks"):
+        jprune.sparse(optax.adam(1e-3)).init(params)
+    twice = optax.chain(jprune.static(0.5), jprune.rigl(0.5), optax.adam(1e-3))
+    with pytest.raises(ValueError, match="two transformations hold masks of 'fc1/"):
+        jprune.sparse(twice).init(params)
+
+
+def test_params_are_needed(setting):
+    params, _ = setting
+    for tx in (jprune.static(0.5), jprune.sparse(jprune.static(0.5))):
+        with pytest.raises(ValueError, match="params"):
+            tx.update(params, tx.init(params))
+
+
+@pytest.mark.parametrize("sparsity", [-0.1, 1.0, 1.5])
+def test_sparsity_outside_its_range(sparsity):
+    with pytest.raises(ValueError, match="sparsity"):
+        jprune.rigl(sparsity)
+
+
+def test_one_of_sparsity_and_masks(setting):
+    params, _ = setting
+    with pytest.raises(ValueError, match="sparsity, masks"):
+        jprune.rigl()
+    with pytest.raises(ValueError, match="sparsity, masks"):
+        jprune.rigl(0.5, masks=jprune.masks.dense(params))
+
+
+def test_a_wrapper_in_the_wrong_order_is_found(setting):
+    params, batch = setting
+    inside = jprune.sparse(optax.chain(jprune.static(0.5), optax.adam(1e-2)))
+    tx = optax.chain(inside, optax.add_noise(0.1, 0.5, key=0))
+    state = tx.init(params)
+    for _ in range(2):
+        grads = jax.grad(loss_fn)(params, batch)
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    with pytest.raises(ValueError, match="arrived outside the masks"):
+        jprune.check(state)
+
+
+def test_gradients_that_are_not_finite_leave_the_masks(setting):
+    params, batch = setting
+    tx = jprune.sparse(optax.chain(jprune.rigl(0.5, every=1, end=9), optax.adam(1e-2)))
+    state = tx.init(params)
+    params = jprune.apply_masks(params, jprune.masks_of(state))
+    before = jprune.masks_of(state)
+    grads = jax.grad(loss_fn)(params, batch)
+    _, state = tx.update(grads, state, params)
+    bad = jax.tree.map(lambda g: g.at[0].set(jnp.nan), grads)
+    updates, state = tx.update(bad, state, params)
+    assert int(state.inner[0].refused) == 1
+    same = jax.tree.map(np.array_equal, before, jprune.masks_of(state))
+    assert all(jax.tree.leaves(same))
+    after = optax.apply_updates(params, updates)
+    same = jax.tree.map(np.array_equal, params, after)
+    assert all(jax.tree.leaves(same))
+
+
+def test_seeds_under_vmap_are_the_runs_one_by_one(setting):
+    params, batch = setting
+
+    def run(seed):
+        tx = jprune.sparse(
+            optax.chain(
+                jprune.set_(0.7, every=4, seed=jax.random.key(seed)), optax.adam(1e-2)
+            )
+        )
+        state = tx.init(params)
+
+        def step(carry, _):
+            params, state = carry
+            grads = jax.grad(loss_fn)(params, batch)
+            updates, state = tx.update(grads, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        start = jprune.apply_masks(params, jprune.masks_of(state)), state
+        (last, state), _ = jax.lax.scan(step, start, length=10)
+        return last, jprune.masks_of(state)
+
+    seeds = jnp.arange(2)
+    found, found_masks = jax.jit(jax.vmap(run))(seeds)
+    alone = jax.jit(run)
+    for i in range(2):
+        expected, masks = alone(seeds[i])
+        for a, b in zip(
+            jax.tree.leaves(found_masks), jax.tree.leaves(masks), strict=True
+        ):
+            assert np.array_equal(a[i], b)
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a[i], b, atol=1e-6)
+    assert not np.array_equal(*found_masks["fc1"]["kernel"])
+
+
+def test_the_bare_chain_works_with_forward_params(setting):
+    params, batch = setting
+    tx = optax.chain(jprune.rigl(0.7, every=5, end=21), optax.adam(1e-2))
+    state = tx.init(params)
+    begin = float(loss_fn(jprune.forward_params(params, state), batch))
+
+    @jax.jit
+    def step(params, state):
+        def objective(params):
+            return loss_fn(jprune.forward_params(params, state), batch)
+
+        updates, state = tx.update(jax.grad(objective)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(STEPS):
+        params, state = step(params, state)
+    assert float(loss_fn(jprune.forward_params(params, state), batch)) < begin
+    assert int(jprune.masks.count(jprune.masks_of(state))) == 36
+
+
+def test_filters_are_dropped_and_grown_whole():
+    params = {"kernel": jax.random.normal(jax.random.key(0), (3, 3, 4, 10))}
+    method = jprune.rigl(0.5, every=1, end=9, units=jprune.units.filters, hold=False)
+    tx = jprune.sparse(optax.chain(method, optax.sgd(0.1)))
+    state = tx.init(params)
+    first = jprune.masks_of(state)["kernel"]
+    params = jprune.apply_masks(params, {"kernel": first})
+    # The gradient is largest in the last filters, dead or not.
+    grads = {"kernel": jnp.ones((3, 3, 4, 10)) * jnp.arange(10.0)}
+    for _ in range(2):
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    mask = jprune.masks_of(state)["kernel"]
+    assert mask.shape == (1, 1, 1, 10) and int(mask.sum()) == 5
+    assert not np.array_equal(mask, first)
+    dead = np.asarray(params["kernel"])[..., ~np.asarray(mask).ravel()]
+    assert np.all(dead == 0.0)

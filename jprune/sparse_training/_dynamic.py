@@ -161,7 +161,7 @@ def dynamic(
         masks, visited, refused = update_when_due(
             is_due, carry, state.step, state.key, params, updates
         )
-        step = optax.safe_increment(state.step)
+        step = jnp.asarray(optax.safe_increment(state.step))
         state = state._replace(
             step=step,
             masks=masks,

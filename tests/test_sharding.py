@@ -42,3 +42,11 @@ class TestSelection:
 
 def test_prune_of_sharded_scores(report):
     assert report["prune"] == {"wrong": 0, "other_collectives": [], "moved": []}
+
+
+@pytest.mark.parametrize("axes", ["Auto", "Explicit"])
+def test_sparse_training_on_a_mesh(report, axes):
+    found = report[f"{axes}/rigl"]
+    assert found["wrong"] == 0 and found["changed"] > 0
+    assert found["other_collectives"] == []
+    assert found["largest_all_reduce"] <= 2

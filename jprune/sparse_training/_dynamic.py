@@ -104,6 +104,7 @@ def dynamic(
             start = pruning.prune(
                 noise, sparsity, units=own, allocation=allocation or spread
             )
+        start = _sharded_like(start, params)
         return _state.MaskState(
             step=jnp.zeros((), jnp.int32),
             key=key,
@@ -221,6 +222,17 @@ def cosine_fraction(initial: float, *, end: int, final: float = 0.0) -> Steps:
         return final + (initial - final) * (1 + jnp.cos(jnp.pi * t)) / 2
 
     return fraction
+
+
+def _sharded_like(masks: Masks, params: Params) -> Masks:
+    """Returns the masks, those of full shape sharded as their parameters."""
+
+    def leaf(mask: Array, param: Any) -> Array:
+        if mask.ndim == 0 or mask.shape != jnp.shape(param):
+            return mask
+        return mask | jnp.zeros_like(param, dtype=bool)
+
+    return jax.tree.map(leaf, masks, params)
 
 
 def _floats(units: Units, tree: Any) -> list[Array]:

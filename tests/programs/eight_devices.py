@@ -6,6 +6,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -84,6 +85,8 @@ def main():
                     "moved": moved(masks, shardings),
                 }
     report["prune"] = prune(placed, arrays, shardings, mesh)
+    for axes in ("Auto", "Explicit"):
+        report[f"{axes}/rigl"] = rigl(axes)
     print(json.dumps(report))
 
 
@@ -109,6 +112,51 @@ def prune(placed, arrays, shardings, mesh):
         "wrong": int((flatten([masks[i] for i in chosen]) != right).sum()),
         "other_collectives": others,
         "moved": moved([masks[i] for i in chosen], [shardings[i] for i in chosen]),
+    }
+
+
+def rigl(axes):
+    """Trains sharded and on one device: the same masks, and no weights on the move."""
+    rng = np.random.default_rng(1)
+    shapes = {"fc1": (32, 64), "fc2": (64, 16)}
+    specs = {"fc1": P("x", "y"), "fc2": P("y", "x")}
+    params, grads = (
+        {
+            name: {"kernel": rng.normal(size=shape).astype(np.float32)}
+            for name, shape in shapes.items()
+        }
+        for _ in range(2)
+    )
+    start = jprune.prune(jax.tree.map(np.abs, params), 0.8)
+    method = jprune.rigl(masks=start, every=2, end=9)
+    tx = jprune.sparse(optax.chain(method, optax.adam(1e-2)))
+
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    def train(params, grads):
+        state = jax.jit(tx.init)(params)
+        compiled = jax.jit(step)
+        for _ in range(7):
+            params, state = compiled(params, state, grads)
+        masks = [mask["kernel"] for mask in jprune.masks_of(state).values()]
+        return masks, compiled.lower(params, state, grads).compile().as_text()
+
+    kind = (getattr(AxisType, axes),) * 2
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=kind)
+    expected, _ = train(jax.tree.map(jnp.asarray, params), grads)
+    with jax.set_mesh(mesh):
+        shardings = {
+            name: {"kernel": NamedSharding(mesh, spec)} for name, spec in specs.items()
+        }
+        found, text = train(*(jax.device_put(x, shardings) for x in (params, grads)))
+    before = flatten(mask["kernel"] for mask in start.values())
+    return {
+        "wrong": int((flatten(found) != flatten(expected)).sum()),
+        "changed": int((flatten(expected) != before).sum()),
+        "other_collectives": collectives(text)[1],
+        "largest_all_reduce": collectives(text)[0],
     }
 
 

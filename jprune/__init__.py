@@ -25,6 +25,8 @@ from jprune.pruning import prune, prune_iteratively
 from jprune.sparse_training import (
     check,
     forward_params,
+    gradual_magnitude,
+    granet,
     masks_of,
     rigl,
     rigl_itop,
@@ -41,6 +43,8 @@ __all__ = [
     "apply_masks",
     "check",
     "forward_params",
+    "gradual_magnitude",
+    "granet",
     "layouts",
     "masks",
     "masks_of",

@@ -6,8 +6,10 @@ outside them are exactly zero.
 """
 
 from jprune.sparse_training._dynamic import cosine_fraction, dynamic, every
+from jprune.sparse_training._gradual import gradual_magnitude, granet
 from jprune.sparse_training._rigl import rigl, rigl_itop
 from jprune.sparse_training._rules import (
+    Dropped,
     Event,
     anywhere,
     smallest,
@@ -29,6 +31,7 @@ from jprune.sparse_training._state import (
 from jprune.sparse_training._static import static
 
 __all__ = [
+    "Dropped",
     "Event",
     "MaskState",
     "SparseState",
@@ -40,6 +43,8 @@ __all__ = [
     "every",
     "exploration_rate",
     "forward_params",
+    "gradual_magnitude",
+    "granet",
     "masks_of",
     "rigl",
     "rigl_itop",

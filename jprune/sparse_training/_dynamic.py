@@ -15,11 +15,11 @@ from jprune import units as units_lib
 from jprune.allocation import Allocation, erdos_renyi_kernel
 from jprune.pruning import Sparsity
 from jprune.sparse_training import _state
-from jprune.sparse_training._rules import Event
+from jprune.sparse_training._rules import Dropped, Event
 from jprune.types import Masks, Params, Prunable
 from jprune.units import Units
 
-Drop = Callable[[Event], list[Array]]
+Drop = Callable[[Event], Dropped]
 Grow = Callable[[Event], list[Array]]
 Steps = Callable[[Any], Any]
 UnitsOf = Callable[[Params], Units]
@@ -44,12 +44,13 @@ def dynamic(
 
     It comes first in a chain, sees the dense gradient, and emits the gradient at the
     masks. In a mask update every layer loses the living units that ``drop`` does not
-    keep, and gains as many where ``grow`` scores highest; so the number of living units
-    of every layer is constant. Finish the chain with :func:`sparse`.
+    keep, and gains as many as it says where ``grow`` scores highest. Finish the chain
+    with :func:`sparse`.
 
     Args:
         sparsity: the removed fraction, in [0, 1), or a table of path patterns.
-        drop: ``event -> keep``, which living units stay.
+        drop: ``event -> (keeps, gains)``: which living units stay, and how many units
+            each layer is to grow, see :class:`Dropped`.
         grow: ``event -> scores``, larger = grow.
         fraction: the part of the living units to drop, or ``step -> fraction``.
         due: ``step -> bool``, whether the masks are updated.
@@ -132,12 +133,11 @@ def dynamic(
             grads=_floats(own, grads),
             living=units_lib.living(own, params, masks),
         )
-        keeps = drop(event)
-        lost = event.counts(event.living) - event.counts(keeps)
+        keeps, gains = drop(event)
         free = [~keep for keep in keeps]
         if not regrow:
             free = [~alive for alive in event.living]
-        grown = event.top(grow(event), free, lost)
+        grown = event.top(grow(event), free, gains)
         chosen = [keep | new for keep, new in zip(keeps, grown, strict=True)]
         new = units_lib.expand(own, params, chosen)
         finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(g)) for g in event.grads]))

@@ -1,5 +1,6 @@
 """What a mask update sees, and the rules that drop and grow by it."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -42,6 +43,14 @@ class Event(NamedTuple):
         groups = zip(self.units.groups, values, strict=True)
         return [group.pool(value, self.units.how) for group, value in groups]
 
+    def layer_sizes(self) -> list[int]:
+        """Returns the number of units in each layer."""
+        sizes = []
+        for group, axis in zip(self.units.groups, self.stacks, strict=True):
+            depth = 1 if axis is None else group.shape[axis]
+            sizes += [math.prod(group.shape) // max(depth, 1)] * depth
+        return sizes
+
     def counts(self, hits: Sequence[Bool[Array, "..."]]) -> Int[Array, " layers"]:
         """Returns how many units are hit in each layer."""
         found = []
@@ -57,26 +66,56 @@ class Event(NamedTuple):
         counts: Int[Array, " layers"],
     ) -> list[Array]:
         """Returns the units with the largest scores in each layer, among some."""
-        ranked = [
-            jnp.where(some, score, jnp.nan)
-            for score, some in zip(scores, among, strict=True)
-        ]
-        return selection.select(ranked, counts, stacks=self.stacks)
+        return selection.select(_among(scores, among), counts, stacks=self.stacks)
+
+    def top_of_all(
+        self, scores: Sequence[Array], among: Sequence[Array], count: Int[Array, ""]
+    ) -> list[Array]:
+        """Returns the units with the largest scores of all layers, among some."""
+        return selection.select(_among(scores, among), count[None], together=True)
 
 
-def _layers_kept(event: Event) -> Int[Array, " layers"]:
+class Dropped(NamedTuple):
+    """What a drop rule decides.
+
+    Attributes:
+        keeps: which living units stay, in the groups' shapes.
+        gains: how many units each layer is to grow.
+    """
+
+    keeps: list[Array]
+    gains: Int[Array, " layers"]
+
+
+def _among(scores: Sequence[Array], among: Sequence[Array]) -> list[Array]:
+    # NaN ranks below every score, so the others are not chosen.
+    pairs = zip(scores, among, strict=True)
+    return [jnp.where(some, score, jnp.nan) for score, some in pairs]
+
+
+def layers_kept(event: Event) -> Int[Array, " layers"]:
     """Returns how many units of each layer stay when a fraction of them is dropped."""
     living = event.counts(event.living)
     return living - jnp.floor(event.fraction * living).astype(living.dtype)
 
 
-def smallest(event: Event) -> list[Array]:
+def magnitudes(event: Event) -> list[Array]:
+    """Returns the magnitudes of weights, pooled to units."""
+    return event.pool([jnp.abs(w) for w in event.weights])
+
+
+def replaced(event: Event, keeps: list[Array]) -> Dropped:
+    """Lets every layer gain as many units as it lost."""
+    return Dropped(keeps, event.counts(event.living) - event.counts(keeps))
+
+
+def smallest(event: Event) -> Dropped:
     """Drops the fraction of each layer with the smallest magnitude, rounded down."""
-    magnitudes = event.pool([jnp.abs(w) for w in event.weights])
-    return event.top(magnitudes, event.living, _layers_kept(event))
+    keeps = event.top(magnitudes(event), event.living, layers_kept(event))
+    return replaced(event, keeps)
 
 
-def smallest_of_each_sign(event: Event) -> list[Array]:
+def smallest_of_each_sign(event: Event) -> Dropped:
     """Drops the smallest positive and the largest negative weights of each layer.
 
     The fraction is taken of either sign, rounded down; zeros stay.
@@ -91,9 +130,9 @@ def smallest_of_each_sign(event: Event) -> list[Array]:
             for alive, value in zip(event.living, values, strict=True)
         ]
         signed = [sign * value for value in values]
-        best = event.top(signed, side, _layers_kept(event._replace(living=side)))
+        best = event.top(signed, side, layers_kept(event._replace(living=side)))
         kept = [a | b for a, b in zip(kept, best, strict=True)]
-    return kept
+    return replaced(event, kept)
 
 
 def steepest(event: Event) -> list[Array]:

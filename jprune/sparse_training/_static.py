@@ -46,7 +46,7 @@ def static(
     """
     return _dynamic.dynamic(
         sparsity,
-        drop=lambda event: event.living,
+        drop=lambda event: _rules.replaced(event, event.living),
         grow=_rules.anywhere,
         fraction=0.0,
         due=lambda step: step < 0,

@@ -84,7 +84,7 @@ def test_drop_of_set(arrays):
         grads=jax.tree.leaves(weights),
         living=jprune.units.living(own, weights, masks),
     )
-    kept = sparse_training.smallest_of_each_sign(event)
+    kept = sparse_training.smallest_of_each_sign(event).keeps
     for layer, keep in zip(masks, kept, strict=True):
         expected = arrays[f"set_mocanu/z0.3/{layer}/mask_after_prune"]
         assert np.array_equal(keep, expected)

@@ -179,3 +179,55 @@ def test_diagnostics_follow_the_masks():
     share = alive / sum(m.sum() for m in grown.values())
     assert float(sparse_training.survival_of_grown(state)) == pytest.approx(share)
     assert rate > 0.4
+
+
+def test_gradual_magnitude_with_momentum():
+    params, batch = references.problem(seed=6)
+    start, end, every = 3, 120, 25
+    tx = jprune.sparse(
+        optax.chain(
+            jprune.gradual_magnitude(0.85, start=start, end=end, every=every),
+            optax.sgd(0.02, momentum=0.9),
+        )
+    )
+    found, _, first, history = run(tx, params, batch)
+    assert all(mask.all() for mask in first.values())
+    events = [*range(start, end, every), end]
+
+    def next_mask(t, layer, weight, gradient, mask):
+        sparsity = 0.85 - 0.85 * (1 - (t - start) / (end - start)) ** 3
+        keep = mask.size - round(sparsity * mask.size)
+        return references.largest(np.where(mask, np.abs(weight), -1.0), keep)
+
+    expected, expected_history = references.train(
+        params,
+        batch,
+        first,
+        lambda shape: references.Momentum(0.02, shape),
+        STEPS,
+        lambda t: t in events,
+        next_mask,
+        hold=False,
+    )
+    assert changes(expected_history) > 3
+    assert_same(found, expected, history, expected_history)
+    for layer, mask in expected_history[-1].items():
+        assert mask.sum() == first[layer].size - round(0.85 * first[layer].size)
+
+
+def test_granet_keeps_its_schedule_to_the_unit():
+    params, batch = references.problem(seed=7)
+    end, every = 100, 20
+    method = jprune.granet(0.8, end=end, steps=STEPS, every=every, initial=0.5)
+    tx = jprune.sparse(optax.chain(method, optax.adam(1e-2)))
+    _, state, first, history = run(tx, params, batch)
+    size = sum(mask.size for mask in first.values())
+    found_counts = sum(np.asarray(history[x]["kernel"]).sum((1, 2)) for x in first)
+    for t, count in enumerate(found_counts):
+        event = min(t // every * every, end)
+        sparsity = 0.8 - 0.3 * (1 - event / end) ** 3
+        assert count == size - round(sparsity * size), t
+    # Regeneration goes on after the last pruning.
+    late = history["fc0"]["kernel"]
+    assert np.any(np.asarray(late[end]) != np.asarray(late[-1]))
+    jprune.check(state)

@@ -80,3 +80,5 @@ def test_public_names_are_documented_in_the_methods_table():
         assert f"`{name}`" in table, f"docs/methods.md has no row for {name}"
     for name in jprune.scores.__all__:
         assert f"`{name}`" in table, f"docs/methods.md does not name scores.{name}"
+    for name in jprune.sparse_training.__all__:
+        assert f"`{name}`" in table, f"docs/methods.md does not name {name}"

@@ -24,6 +24,7 @@ from jprune.masks import apply as apply_masks
 from jprune.pruning import prune, prune_iteratively
 from jprune.sparse_training import (
     check,
+    dsr,
     forward_params,
     gradual_magnitude,
     granet,
@@ -42,6 +43,7 @@ __all__ = [
     "allocation",
     "apply_masks",
     "check",
+    "dsr",
     "forward_params",
     "gradual_magnitude",
     "granet",

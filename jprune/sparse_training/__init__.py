@@ -5,6 +5,7 @@ keeps its masks in its state, and after every ``optax.apply_updates`` the weight
 outside them are exactly zero.
 """
 
+from jprune.sparse_training._dsr import dsr
 from jprune.sparse_training._dynamic import cosine_fraction, dynamic, every
 from jprune.sparse_training._gradual import gradual_magnitude, granet
 from jprune.sparse_training._rigl import rigl, rigl_itop
@@ -39,6 +40,7 @@ __all__ = [
     "check",
     "cosine_fraction",
     "distance_from_start",
+    "dsr",
     "dynamic",
     "every",
     "exploration_rate",

@@ -38,6 +38,7 @@ def dynamic(
     units: UnitsOf | None = None,
     prunable: Prunable = None,
     masks: Masks | None = None,
+    memory: Any = (),
     seed: int | PRNGKeyArray = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Makes a transformation that drops and grows weights while it trains.
@@ -64,6 +65,8 @@ def dynamic(
             ``jprune.units.filters``; single weights unless given.
         prunable: which leaves are pruned, see :func:`jprune.trees.prunable_leaves`.
         masks: the initial masks, in place of ``sparsity`` and random ones.
+        memory: what ``drop`` sees as ``event.memory`` at the first mask update: an
+            array or a pytree of them.
         seed: of the initial masks and of random growth; an int or a key.
 
     Returns:
@@ -115,12 +118,13 @@ def dynamic(
             changed=jnp.zeros((), bool),
             hold_next=next_hold(jnp.zeros((), jnp.int32)),
             refused=jnp.zeros((), jnp.int32),
+            memory=jax.tree.map(jnp.asarray, memory),
         )
 
     def mask_update(
-        carry: tuple[Masks, Masks, Array], step: Array, key: Array, params, grads
-    ) -> tuple[Masks, Masks, Array]:
-        masks, visited, refused = carry
+        carry: tuple[Masks, Masks, Array, Any], step: Array, key: Array, params, grads
+    ) -> tuple[Masks, Masks, Array, Any]:
+        masks, visited, refused, memory = carry
         own = units_of(params)
         event = Event(
             step=step,
@@ -132,8 +136,9 @@ def dynamic(
             weights=_floats(own, params),
             grads=_floats(own, grads),
             living=units_lib.living(own, params, masks),
+            memory=memory,
         )
-        keeps, gains = drop(event)
+        keeps, gains, remembered = drop(event)
         free = [~keep for keep in keeps]
         if not regrow:
             free = [~alive for alive in event.living]
@@ -141,8 +146,10 @@ def dynamic(
         chosen = [keep | new for keep, new in zip(keeps, grown, strict=True)]
         new = units_lib.expand(own, params, chosen)
         finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(g)) for g in event.grads]))
-        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, masks)
-        return new, masks_lib.union(visited, new), refused + ~finite
+        new, memory = jax.tree.map(
+            lambda a, b: jnp.where(finite, a, b), (new, remembered), (masks, memory)
+        )
+        return new, masks_lib.union(visited, new), refused + ~finite, memory
 
     update_when_due = _conditional(mask_update)
 
@@ -158,8 +165,8 @@ def dynamic(
                 "params: they are needed; call update(grads, state, params)"
             )
         is_due = jnp.asarray(due(state.step))
-        carry = (state.masks, state.visited, state.refused)
-        masks, visited, refused = update_when_due(
+        carry = (state.masks, state.visited, state.refused, state.memory)
+        masks, visited, refused, memory = update_when_due(
             is_due, carry, state.step, state.key, params, updates
         )
         step = jnp.asarray(optax.safe_increment(state.step))
@@ -170,6 +177,7 @@ def dynamic(
             changed=is_due | (state.step == 0),
             hold_next=next_hold(step),
             refused=refused,
+            memory=memory,
         )
         return masks_lib.apply(updates, masks), state
 

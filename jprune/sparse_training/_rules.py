@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ class Event(NamedTuple):
         weights: the parameters, in float32 at least, with their own shapes.
         grads: the gradients, likewise.
         living: which units live, in the groups' shapes.
+        memory: what the drop rule has left at the last update.
     """
 
     step: Int[Array, ""]
@@ -32,6 +33,7 @@ class Event(NamedTuple):
     weights: list[Array]
     grads: list[Array]
     living: list[Array]
+    memory: Any = ()
 
     @property
     def stacks(self) -> list[int | None]:
@@ -81,10 +83,12 @@ class Dropped(NamedTuple):
     Attributes:
         keeps: which living units stay, in the groups' shapes.
         gains: how many units each layer is to grow.
+        memory: what the rule is to see at the next update.
     """
 
     keeps: list[Array]
     gains: Int[Array, " layers"]
+    memory: Any = ()
 
 
 def _among(scores: Sequence[Array], among: Sequence[Array]) -> list[Array]:

@@ -26,6 +26,7 @@ class MaskState(NamedTuple):
         hold_next: whether the next update is to be spent on the masks, so that
             :func:`sparse` takes no gradient step; None if that never happens.
         refused: how many mask updates were left out because a gradient was not finite.
+        memory: what the drop rule carries from one mask update to the next.
     """
 
     step: Int[Array, ""]
@@ -36,6 +37,7 @@ class MaskState(NamedTuple):
     changed: Bool[Array, ""]
     hold_next: Bool[Array, ""] | None
     refused: Int[Array, ""]
+    memory: Any
 
 
 class SparseState(NamedTuple):

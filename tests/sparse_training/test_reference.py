@@ -231,3 +231,75 @@ def test_granet_keeps_its_schedule_to_the_unit():
     late = history["fc0"]["kernel"]
     assert np.any(np.asarray(late[end]) != np.asarray(late[-1]))
     jprune.check(state)
+
+
+def shared(total, weights, room):
+    """Largest remainders, in plain Python; no layer of this test is full."""
+    exact = [total * w / sum(weights) for w in weights]
+    counts = [int(x) for x in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])
+    for i in by_remainder[: total - sum(counts)]:
+        counts[i] += 1
+    assert all(c <= r for c, r in zip(counts, room, strict=True))
+    return counts
+
+
+def test_dsr_with_sgd():
+    params, batch = references.problem(seed=8)
+    target = 12
+    method = jprune.dsr(0.7, target=target, every=EVERY, threshold=0.01, seed=2)
+    tx = jprune.sparse(optax.chain(method, optax.sgd(0.05)))
+    found, state, start, history = run(tx, params, batch)
+    key = state.inner[0].key
+    layers = list(start)
+    threshold = 0.01
+
+    # The threshold is global, so an event is decided for all layers at once.
+    def decide(t, weights, masks):
+        nonlocal threshold
+        keeps = {}
+        for layer in layers:
+            magnitude = np.where(masks[layer], np.abs(weights[layer]), -1.0)
+            keeps[layer] = (magnitude >= threshold) | references.largest(magnitude, 1)
+        lost = sum(masks[x].sum() - keeps[x].sum() for x in layers)
+        gains = shared(
+            lost,
+            [keeps[x].sum() for x in layers],
+            [(~masks[x]).sum() for x in layers],
+        )
+        draws = jax.random.split(jax.random.fold_in(key, t), 2)
+        new = {}
+        for layer, draw, gain in zip(layers, draws, gains, strict=True):
+            noise = np.asarray(jax.random.uniform(draw, masks[layer].shape))
+            grown = references.largest(np.where(masks[layer], -1.0, noise), gain)
+            new[layer] = keeps[layer] | grown
+        if lost > 1.1 * target:
+            threshold /= 2
+        elif lost < 0.9 * target:
+            threshold *= 2
+        return new
+
+    masks, now = dict(start), jax.tree.map(np.array, params)
+    for layer in layers:
+        now[layer]["kernel"] = now[layer]["kernel"] * masks[layer]
+    thresholds = set()
+    for t in range(STEPS):
+        grads = references.gradients(now, batch)
+        if t and t % EVERY == 0:
+            masks = decide(t, {x: now[x]["kernel"] for x in layers}, masks)
+            thresholds.add(threshold)
+        for layer in layers:
+            kernel = now[layer]["kernel"] - 0.05 * grads[layer]["kernel"]
+            now[layer]["kernel"] = kernel * masks[layer]
+            now[layer]["bias"] = now[layer]["bias"] - 0.05 * grads[layer]["bias"]
+        for layer in layers:
+            got = np.asarray(history[layer]["kernel"][t])
+            assert np.array_equal(got, masks[layer]), (t, layer)
+    assert len(thresholds) > 2
+    total = sum(mask.sum() for mask in start.values())
+    assert sum(mask.sum() for mask in masks.values()) == total
+    assert any(masks[x].sum() != start[x].sum() for x in layers)
+    flat = zip(jax.tree.leaves(found), jax.tree.leaves(now), strict=True)
+    for a, b in flat:
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
+    assert float(state.inner[0].memory) == pytest.approx(threshold, rel=1e-6)

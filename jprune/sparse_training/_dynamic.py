@@ -109,12 +109,17 @@ def dynamic(
                 noise, sparsity, units=own, allocation=allocation or spread
             )
         start = _sharded_like(start, params)
+
+        def own_buffers() -> Masks:
+            # A buffer that stands in a state twice could not be donated.
+            return jax.tree.map(jnp.copy, start)
+
         return _state.MaskState(
             step=jnp.zeros((), jnp.int32),
             key=key,
-            masks=start,
-            initial=start,
-            visited=start,
+            masks=own_buffers(),
+            initial=own_buffers(),
+            visited=own_buffers(),
             changed=jnp.zeros((), bool),
             hold_next=next_hold(jnp.zeros((), jnp.int32)),
             refused=jnp.zeros((), jnp.int32),

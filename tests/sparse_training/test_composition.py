@@ -241,6 +241,28 @@ def test_seeds_under_vmap_are_the_runs_one_by_one(setting):
     assert not np.array_equal(*found_masks["fc1"]["kernel"])
 
 
+def test_a_step_may_donate_its_state(setting):
+    params, batch = setting
+    tx = OPTIMIZERS["adam"](METHODS["rigl"]())
+    state = tx.init(params)
+    params = jprune.apply_masks(params, jprune.masks_of(state))
+
+    def step(params, state):
+        updates, state = tx.update(jax.grad(loss_fn)(params, batch), state, params)
+        return optax.apply_updates(params, updates), state
+
+    donating, keeping = jax.jit(step, donate_argnums=(0, 1)), jax.jit(step)
+    expected = params, state
+    for _ in range(6):
+        expected = keeping(*expected)
+    found = jax.tree.map(jnp.copy, params), state
+    for _ in range(6):
+        found = donating(*found)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        if not jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            assert np.array_equal(a, b)
+
+
 def test_the_bare_chain_works_with_forward_params(setting):
     params, batch = setting
     tx = optax.chain(jprune.rigl(0.7, every=5, end=21), optax.adam(1e-2))

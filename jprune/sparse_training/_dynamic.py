@@ -74,9 +74,9 @@ def dynamic(
         gradient that is not finite is left out, and counted in the state.
 
     Raises:
-        ValueError: (from ``init``) a sparsity outside [0, 1), both or neither of
-            ``sparsity`` and ``masks``, masks that do not fit, or what
-            :func:`jprune.prune` says; (from ``update``) no ``params``.
+        ValueError: a sparsity outside [0, 1), a fraction outside [0, 1], or both or
+            neither of ``sparsity`` and ``masks``; (from ``init``) masks that do not
+            fit, or what :func:`jprune.prune` says; (from ``update``) no ``params``.
     """
     if (sparsity is None) == (masks is None):
         raise ValueError(
@@ -87,6 +87,8 @@ def dynamic(
         raise ValueError("sparsity: a Python number is needed, not an array")
     if isinstance(sparsity, (float, int)):
         selection.check_sparsity(sparsity)
+    if not callable(fraction) and not 0 <= fraction <= 1:
+        raise ValueError(f"fraction: {fraction} is outside [0, 1]")
 
     def units_of(params: Params) -> Units:
         if units is None:

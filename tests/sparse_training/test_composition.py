@@ -167,6 +167,27 @@ def test_sparsity_outside_its_range(sparsity):
         jprune.rigl(sparsity)
 
 
+def test_other_arguments_outside_their_ranges():
+    with pytest.raises(ValueError, match="fraction"):
+        jprune.set_(0.5, every=10, zeta=1.5)
+    with pytest.raises(ValueError, match="fraction"):
+        jprune.rigl(0.5, drop_fraction=-0.1)
+    with pytest.raises(ValueError, match="every"):
+        jprune.rigl(0.5, every=0)
+    with pytest.raises(ValueError, match="target"):
+        jprune.dsr(0.5, target=0)
+    with pytest.raises(ValueError, match="end"):
+        jprune.gradual_magnitude(0.5, start=5, end=5)
+
+
+def test_a_state_of_another_tree_is_refused(setting):
+    params, _ = setting
+    tx = jprune.sparse(optax.chain(jprune.static(0.5), optax.sgd(0.1)))
+    other = {"fc1": {"kernel": jnp.ones((3, 3))}}
+    with pytest.raises(ValueError, match="masks"):
+        tx.update(params, tx.init(other), params)
+
+
 def test_one_of_sparsity_and_masks(setting):
     params, _ = setting
     with pytest.raises(ValueError, match="sparsity, masks"):

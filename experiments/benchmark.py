@@ -309,10 +309,7 @@ def sparse_training(repeats: int = 60) -> Iterator[Row]:
         params, state = task.init(jax.random.key(0))
         batch = jax.tree.map(jnp.asarray, dict(task.streams["train"]))
         adam = optax.adam(1e-3)
-        txs = {"dense": adam} | {
-            which: jprune.sparse(optax.chain(method(), adam))
-            for which, method in methods.items()
-        }
+        txs = {"dense": adam} | _sparse_chains(methods, adam)
         steps = {
             which: _advancing(
                 jax.jit(_dense_step(task, tx), donate_argnums=0),
@@ -330,15 +327,21 @@ def sparse_training(repeats: int = 60) -> Iterator[Row]:
     yield from _mask_updates(max(repeats // 12, 3))
 
 
+def _sparse_chains(
+    methods: Mapping[str, Callable], inner: optax.GradientTransformation
+) -> dict[str, optax.GradientTransformation]:
+    return {
+        which: jprune.sparse(optax.chain(method(), inner))
+        for which, method in methods.items()
+    }
+
+
 def _sparse_updates(methods: Mapping[str, Callable], repeats: int) -> Iterator[Row]:
     rng = np.random.default_rng(0)
     kernels = [jnp.asarray(rng.normal(size=(2000, 2000)), jnp.float32) for _ in "ab"]
     params = {f"fc{i}": {"kernel": kernel} for i, kernel in enumerate(kernels)}
     adam = optax.adam(1e-3)
-    txs = {"adam": adam} | {
-        which: jprune.sparse(optax.chain(method(), adam))
-        for which, method in methods.items()
-    }
+    txs = {"adam": adam} | _sparse_chains(methods, adam)
     thunks = {}
     for which, tx in txs.items():
 

@@ -290,6 +290,8 @@ def _join(pieces: Sequence[Array]) -> Array:
         return pieces[0]
     rest = pieces[0].shape[1:]
     joined = jnp.zeros((sum(len(piece) for piece in pieces), *rest), pieces[0].dtype)
+    # Or the first copy would become a pad, which XLA computes entry by entry.
+    joined = lax.optimization_barrier(joined)
     start = 0
     for piece in pieces:
         joined = lax.dynamic_update_slice_in_dim(joined, piece, start, axis=0)

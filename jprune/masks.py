@@ -161,6 +161,17 @@ def difference(a: Masks, b: Masks) -> Masks:
     return _combine(lambda x, y: x & ~y, a, b)
 
 
+def symmetric_difference(a: Masks, b: Masks) -> Masks:
+    """Returns what lives in one mask and not in the other.
+
+    Example:
+        >>> a, b = {"w": jnp.array([True, False])}, {"w": jnp.array([True, True])}
+        >>> symmetric_difference(a, b)
+        {'w': Array([False,  True], dtype=bool)}
+    """
+    return _combine(jnp.logical_xor, a, b)
+
+
 def invert(masks: Masks) -> Masks:
     """Returns what does not live. Leaves that are never pruned stay so.
 
@@ -287,7 +298,7 @@ def hamming(a: Masks, b: Masks, params: Params | None = None) -> Int[Array, ""]:
         >>> int(hamming(a, b))
         2
     """
-    return count(_combine(jnp.logical_xor, a, b), params)
+    return count(symmetric_difference(a, b), params)
 
 
 def overlap(a: Masks, b: Masks, params: Params | None = None) -> Array:

@@ -1,7 +1,7 @@
 """The one transformation of which dynamic sparse training methods are special cases."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,16 @@ Drop = Callable[[Event], Dropped]
 Grow = Callable[[Event], list[Array]]
 Steps = Callable[[Any], Any]
 UnitsOf = Callable[[Params], Units]
+
+
+class _Carry(NamedTuple):
+    """What a mask update changes of a :class:`MaskState`."""
+
+    masks: Masks
+    flipped: Masks
+    visited: Masks
+    refused: Array
+    memory: Any
 
 
 def dynamic(
@@ -120,6 +130,7 @@ def dynamic(
             step=jnp.zeros((), jnp.int32),
             key=key,
             masks=own_buffers(),
+            flipped=masks_lib.difference(start, start),
             initial=own_buffers(),
             visited=own_buffers(),
             changed=jnp.zeros((), bool),
@@ -129,9 +140,9 @@ def dynamic(
         )
 
     def mask_update(
-        carry: tuple[Masks, Masks, Array, Any], step: Array, key: Array, params, grads
-    ) -> tuple[Masks, Masks, Array, Any]:
-        masks, visited, refused, memory = carry
+        carry: _Carry, step: Array, key: Array, params: Params, grads: optax.Updates
+    ) -> _Carry:
+        masks, _, visited, refused, memory = carry
         own = units_of(params)
         event = Event(
             step=step,
@@ -156,7 +167,12 @@ def dynamic(
         new, memory = jax.tree.map(
             lambda a, b: jnp.where(finite, a, b), (new, remembered), (masks, memory)
         )
-        return new, masks_lib.union(visited, new), refused + ~finite, memory
+        # Written as the old masks and a difference, the new ones take their place; else
+        # every step, with an update or without, would copy them.
+        flipped = masks_lib.symmetric_difference(masks, new)
+        new = masks_lib.symmetric_difference(masks, flipped)
+        visited = masks_lib.union(visited, new)
+        return _Carry(new, flipped, visited, refused + ~finite, memory)
 
     update_when_due = _conditional(mask_update)
 
@@ -172,21 +188,16 @@ def dynamic(
                 "params: they are needed; call update(grads, state, params)"
             )
         is_due = jnp.asarray(due(state.step))
-        carry = (state.masks, state.visited, state.refused, state.memory)
-        masks, visited, refused, memory = update_when_due(
-            is_due, carry, state.step, state.key, params, updates
-        )
+        carry = _Carry(*(getattr(state, name) for name in _Carry._fields))
+        carry = update_when_due(is_due, carry, state.step, state.key, params, updates)
         step = jnp.asarray(optax.safe_increment(state.step))
         state = state._replace(
             step=step,
-            masks=masks,
-            visited=visited,
             changed=is_due | (state.step == 0),
             hold_next=next_hold(step),
-            refused=refused,
-            memory=memory,
+            **carry._asdict(),
         )
-        return masks_lib.apply(updates, masks), state
+        return _clear(updates, carry.masks), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -248,6 +259,26 @@ def _sharded_like(masks: Masks, params: Params) -> Masks:
         return mask | jnp.zeros_like(param, dtype=bool)
 
     return jax.tree.map(leaf, masks, params)
+
+
+def _clear(updates: optax.Updates, masks: Masks) -> optax.Updates:
+    """Returns the updates with zeros outside the masks.
+
+    As :func:`jprune.masks.apply`, but by their bits, which vectorises better than a
+    select and has no derivative.
+    """
+    masks_lib.check(masks, updates)
+
+    def leaf(update: Any, mask: Array) -> Any:
+        if mask.ndim == 0:
+            return update
+        if not jnp.issubdtype(update.dtype, jnp.floating):
+            return jnp.where(mask, update, 0)
+        integers = jnp.dtype(f"int{8 * update.dtype.itemsize}")
+        bits = jax.lax.bitcast_convert_type(update, integers)
+        return jax.lax.bitcast_convert_type(bits & -mask.astype(integers), update.dtype)
+
+    return jax.tree.map(leaf, updates, masks)
 
 
 def _floats(units: Units, tree: Any) -> list[Array]:

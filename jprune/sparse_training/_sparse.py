@@ -78,26 +78,29 @@ def sparse(
             raise ValueError(
                 "params: sparse needs them; call update(grads, state, params)"
             )
-        before = _masks_for(params, state.inner)
         # What a moment is at the start; XLA drops what nobody asks for.
         fresh = tx.init(jax.tree.map(_zeros_like, params))
 
-        def reset(inner: PyTree, after: Masks) -> PyTree:
-            unbroken = masks_lib.intersection(before, after)
+        def reset(inner: PyTree) -> PyTree:
+            unbroken = masks_lib.difference(
+                _state.masks_of(inner), _state.flipped_of(inner)
+            )
             return _where_unbroken(params, unbroken, inner, fresh)
 
         def descend(carry: tuple) -> tuple:
             grads, inner = carry
             updates, inner = tx.update(grads, inner, params, **extra_args)
-            after = _masks_for(params, inner)
+            updates = _land(updates, params, _masks_for(params, inner))
             changed = _any(holder.changed for holder in _state.holders(inner))
 
             def finish(carry: tuple) -> tuple:
                 # To land twice is to land; but were the updates not part of the loop,
-                # they would be computed after it, from a copy of the moments.
-                return _land(carry[0], params, after), reset(carry[1], after)
+                # they would be computed after it, from a copy of the moments. Masks
+                # that came from outside it would be copied too.
+                updates, inner = carry
+                return _land(updates, params, _state.masks_of(inner)), reset(inner)
 
-            return _once(changed, finish, (_land(updates, params, after), inner))
+            return _once(changed, finish, (updates, inner))
 
         def spend(carry: tuple) -> tuple:
             grads, inner = carry
@@ -110,7 +113,7 @@ def sparse(
                 inner,
                 is_leaf=_state.is_holder,
             )
-            return _land(still, params, after), reset(inner, after)
+            return _land(still, params, after), reset(inner)
 
         holders = _state.holders(state.inner)
         holds = [x.hold_next for x in holders if x.hold_next is not None]
@@ -124,7 +127,9 @@ def sparse(
             carry = _once(~spends, descend, carry)
             updates, inner = _once(spends, spend, carry)
         looks = holders[0].step % _LOOK_EVERY == 1
-        stray = _once(looks, lambda n: n + _count_stray(params, before), state.stray)
+        stray = state.stray + jax.lax.cond(
+            looks, lambda: _count_stray(params, inner), lambda: jnp.zeros((), jnp.int32)
+        )
         return updates, _state.SparseState(inner, stray)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -186,7 +191,9 @@ def _masks_for(params: Params, inner: optax.OptState) -> Masks:
     return masks
 
 
-def _count_stray(params: Params, masks: Masks) -> Array:
+def _count_stray(params: Params, inner: optax.OptState) -> Array:
+    # What the last mask update has dropped is on its way to zero.
+    masks = masks_lib.union(_state.masks_of(inner), _state.flipped_of(inner))
     counts = [
         jnp.sum((leaf.value != 0) & ~mask, dtype=jnp.int32)
         for leaf, mask in zip(

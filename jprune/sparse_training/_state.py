@@ -20,6 +20,7 @@ class MaskState(NamedTuple):
         step: the number of updates so far.
         key: from which, with the step, all randomness is drawn.
         masks: which weights live.
+        flipped: which weights the last update of the masks has dropped or grown.
         initial: the masks of the beginning.
         visited: which weights have ever lived.
         changed: whether the last update was one of the masks, or the first of all.
@@ -32,6 +33,7 @@ class MaskState(NamedTuple):
     step: Int[Array, ""]
     key: PRNGKeyArray
     masks: Masks
+    flipped: Masks
     initial: Masks
     visited: Masks
     changed: Bool[Array, ""]
@@ -87,6 +89,11 @@ def masks_of(opt_state: optax.OptState) -> Masks:
         4
     """
     return _join(opt_state, lambda holder: holder.masks)
+
+
+def flipped_of(opt_state: optax.OptState) -> Masks:
+    """Returns which weights the last update of the masks has dropped or grown."""
+    return _join(opt_state, lambda holder: holder.flipped)
 
 
 def forward_params(params: Params, opt_state: optax.OptState) -> Params:

@@ -122,12 +122,11 @@ def smallest(event: Event) -> Dropped:
 def smallest_of_each_sign(event: Event) -> Dropped:
     """Drops the smallest positive and the largest negative weights of each layer.
 
-    The fraction is taken of either sign, rounded down; zeros stay.
+    The fraction is taken of either sign, rounded down. Zeros go too: a weight that was
+    grown where no gradient reaches it must not hold its place for ever.
     """
     values = event.pool(event.weights)
-    kept = [
-        alive & (value == 0) for alive, value in zip(event.living, values, strict=True)
-    ]
+    kept = [jnp.zeros_like(alive) for alive in event.living]
     for sign in (1, -1):
         side = [
             alive & (sign * value > 0)

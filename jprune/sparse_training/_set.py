@@ -1,5 +1,6 @@
 """Sparse evolutionary training: grow at random."""
 
+import jax.numpy as jnp
 import optax
 from jaxtyping import PRNGKeyArray
 
@@ -7,6 +8,7 @@ from jprune import allocation as allocation_lib
 from jprune.allocation import Allocation
 from jprune.pruning import Sparsity
 from jprune.sparse_training import _dynamic, _rules
+from jprune.sparse_training._rules import Dropped, Event
 from jprune.types import Masks, Prunable
 
 
@@ -25,8 +27,9 @@ def set_(
     """Makes SET: drop the weights closest to zero on either side, grow at random.
 
     Every ``every`` steps each layer drops the ``floor(zeta n+)`` smallest of its n+
-    positive weights and the ``floor(zeta n-)`` largest of its n- negative ones, and
-    grows as many among those that were dead before. New weights start at 0.
+    positive weights, the ``floor(zeta n-)`` largest of its n- negative ones and those
+    that are 0, and grows as many among those that were dead before. Where these are too
+    few, the largest of the dropped stay. New weights start at 0.
 
     Args:
         sparsity: the removed fraction, in [0, 1).
@@ -44,7 +47,6 @@ def set_(
             below 1.
 
     Example:
-        >>> import jax.numpy as jnp
         >>> state = set_(0.5, every=10).init({"kernel": jnp.ones((4, 4))})
         >>> int(state.masks["kernel"].sum())
         8
@@ -57,7 +59,7 @@ def set_(
     """
     return _dynamic.dynamic(
         sparsity,
-        drop=_rules.smallest_of_each_sign,
+        drop=_drop_within_room,
         grow=_rules.anywhere,
         fraction=zeta,
         due=_dynamic.every(every, end=end),
@@ -68,6 +70,18 @@ def set_(
         masks=masks,
         seed=seed,
     )
+
+
+def _drop_within_room(event: Event) -> Dropped:
+    """Drops no more of a layer than it has room to grow elsewhere."""
+    keeps, gains, memory = _rules.smallest_of_each_sign(event)
+    living = event.counts(event.living)
+    room = jnp.asarray(event.layer_sizes(), living.dtype) - living
+    dropped = [alive & ~keep for alive, keep in zip(event.living, keeps, strict=True)]
+    short = jnp.maximum(gains - room, 0)
+    back = event.top(_rules.magnitudes(event), dropped, short)
+    keeps = [keep | stays for keep, stays in zip(keeps, back, strict=True)]
+    return Dropped(keeps, gains - short, memory)
 
 
 def set_itop(
@@ -101,7 +115,6 @@ def set_itop(
         ValueError: as :func:`set_`.
 
     Example:
-        >>> import jax.numpy as jnp
         >>> state = set_itop(0.5, steps=9000).init({"kernel": jnp.ones((4, 4))})
 
     Reference:

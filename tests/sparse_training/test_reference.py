@@ -120,6 +120,37 @@ def test_set_with_momentum():
     jprune.check(state)
 
 
+def test_set_moves_living_zeros_and_no_more_than_there_is_room_for():
+    """Mocanu et al.'s code: what is 0 is pruned; the number of weights is constant."""
+    values = jnp.linspace(-1.0, 1.0, 20).reshape(4, 5)
+    living = (jnp.arange(20).reshape(4, 5) % 3) == 0
+    params = {
+        # Of the seven that live, two stopped at 0.
+        "sparse": {"kernel": (values * living).at[0, 0].set(0).at[1, 1].set(0)},
+        "full": {"kernel": values},
+        "crowded": {"kernel": values.at[2, 2].set(0)},
+    }
+    masks = {
+        "sparse": {"kernel": living},
+        "full": {"kernel": jnp.ones((4, 5), bool)},
+        "crowded": {"kernel": jnp.ones((4, 5), bool).at[2, 2].set(False)},
+    }
+    tx = jprune.set_(masks=masks, every=1, zeta=0.3)
+    state = tx.init(params)
+    for _ in range(2):
+        _, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
+    moved = jax.tree.map(np.asarray, jprune.masks_of(state))
+    assert living[0, 0] and living[1, 1]
+    assert not moved["sparse"]["kernel"][0, 0] and not moved["sparse"]["kernel"][1, 1]
+    assert moved["sparse"]["kernel"].sum() == living.sum()
+    assert moved["full"]["kernel"].all()
+    # One place is free, so of the six to drop only the smallest goes.
+    assert moved["crowded"]["kernel"].sum() == 19 and moved["crowded"]["kernel"][2, 2]
+    gone = np.argwhere(~moved["crowded"]["kernel"])
+    smallest = np.argwhere(np.abs(values) == np.abs(values).min())
+    assert gone.tolist()[0] in smallest.tolist()
+
+
 def test_counts_of_layers_are_constant_and_dead_weights_are_zero():
     params, batch = references.problem(seed=2)
     for method in (

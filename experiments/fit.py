@@ -207,8 +207,13 @@ def optimizer(task: Task, epochs: int) -> optax.GradientTransformation:
 
     The same task and number of epochs give the same object.
     """
+    return _optimizer(task.optimizer, steps_of(task, epochs))
+
+
+def steps_of(task: Task, epochs: int) -> int:
+    """Returns the number of steps in so many epochs of all training rows."""
     rows = _length(task.streams["train"])
-    return _optimizer(task.optimizer, epochs * math.ceil(rows / task.budget.batch_size))
+    return epochs * math.ceil(rows / task.budget.batch_size)
 
 
 @functools.cache

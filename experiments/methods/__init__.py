@@ -16,6 +16,13 @@ method                masks from                                         trainin
 ``synflow``           synaptic flow in rounds, no data                   one phase
 ``force``             gradient in rounds, with revival                   one phase
 ``obd``               curvature and weights after training               dense + one
+``static``            chance, with ERK densities                         one phase
+``set_``              chance, then smallest out, random in               one phase
+``rigl``              chance, then smallest out, steepest in             one phase
+``rigl_itop``         the same, rarely, much and to the end              one phase
+``dsr``               chance, then under one threshold out, random in    one phase
+``granet``            gradual global pruning with regeneration           one phase
+``gradual_magnitude`` magnitude in every layer, along a cubic schedule   one phase
 ====================  =================================================  ==============
 """
 
@@ -29,6 +36,15 @@ from experiments.methods._initialization import (
     synflow,
 )
 from experiments.methods._phases import dense
+from experiments.methods._sparse_training import (
+    dsr,
+    gradual_magnitude,
+    granet,
+    rigl,
+    rigl_itop,
+    set_,
+    static,
+)
 
 # The order of rows in tables, of lines in legends and of their colours.
 __all__ = [  # noqa: RUF022
@@ -41,4 +57,11 @@ __all__ = [  # noqa: RUF022
     "synflow",
     "force",
     "obd",
+    "static",
+    "set_",
+    "rigl",
+    "rigl_itop",
+    "dsr",
+    "granet",
+    "gradual_magnitude",
 ]

@@ -57,8 +57,49 @@ def train(
     Returns:
         The network of the last epoch.
     """
-    epochs = epochs or task.budget.epochs
-    tx = fit.optimizer(task, epochs)
+    tx = fit.optimizer(task, epochs or task.budget.epochs)
+    params = jprune.apply_masks(params, masks)
+    return run(
+        task,
+        fit.default_step(task, tx),
+        fit.Carry(params, state, tx.init(params), masks),
+        masks_of=lambda carry: carry.masks,
+        key=key,
+        epochs=epochs,
+        phase=phase,
+        on_epoch=on_epoch,
+        before=before,
+    )
+
+
+def run(
+    task: Task,
+    step: fit.Step,
+    carry: fit.Carry,
+    *,
+    masks_of: Callable[[fit.Carry], Masks],
+    key: PRNGKeyArray,
+    epochs: int | None,
+    phase: str,
+    on_epoch: fit.OnEpoch | None,
+    before: Mapping[str, Any] | None = None,
+) -> Outcome:
+    """Runs a phase of training, with a measurement on the valid stream every epoch.
+
+    Args:
+        task: the task.
+        step: one update, see :func:`experiments.fit.fit`.
+        carry: where training starts.
+        masks_of: ``carry -> masks``, for the network of the last epoch.
+        key: decides on the order of the rows.
+        epochs: how many; those of the task's budget if None.
+        phase: the name of this phase of training.
+        on_epoch: see :func:`experiments.fit.fit`.
+        before: the history of the phases before this one.
+
+    Returns:
+        The network of the last epoch.
+    """
     predict = fit.predictor(task)
     valid = jax.tree.map(jnp.asarray, dict(task.streams["valid"]))
 
@@ -66,12 +107,11 @@ def train(
         measured = fit.evaluate(task, predict, carry.params, carry.state, valid)
         return {f"valid_{name}": value for name, value in measured.items()}
 
-    params = jprune.apply_masks(params, masks)
     carry, history = fit.fit(
-        fit.default_step(task, tx),
-        fit.Carry(params, state, tx.init(params), masks),
+        step,
+        carry,
         task.streams["train"],
-        epochs=epochs,
+        epochs=epochs or task.budget.epochs,
         batch_size=task.budget.batch_size,
         key=key,
         evaluate=evaluate,
@@ -87,7 +127,7 @@ def train(
         apply=predict,
         params=carry.params,
         state=carry.state,
-        masks=carry.masks,
+        masks=masks_of(carry),
         bytes=None,
         metrics=metrics,
         history={**(before or {}), phase: history},

@@ -28,6 +28,18 @@ from experiments import checkpoints, fit, methods, report, results, runs, tasks
 from experiments.results import Config, Record
 from experiments.task import Outcome, Task
 
+# Those that prune once, before or after training.
+DEFAULT_METHODS = (
+    "random",
+    "magnitude",
+    "snip",
+    "iterative_snip",
+    "grasp",
+    "synflow",
+    "force",
+    "obd",
+)
+
 
 class Observer(NamedTuple):
     """Who is told about progress.
@@ -298,13 +310,12 @@ def _run(
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     """Defines the flags of the binary."""
-    names = [name for name in methods.__all__ if name != report.DENSE]
     flags.DEFINE_enum(
         "task", "digits_mlp", tasks.__all__, "What to train on.", flag_values=values
     )
     flags.DEFINE_list(
         "methods",
-        names,
+        list(DEFAULT_METHODS),
         f"Which methods to compare, of {', '.join(methods.__all__)}.",
         flag_values=values,
     )

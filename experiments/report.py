@@ -10,7 +10,7 @@ import collections
 import pathlib
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import rich.box
@@ -112,14 +112,14 @@ def ordered(names: Sequence[str]) -> list[str]:
 def table(setting: Setting, records: Sequence[Record]) -> rich.table.Table:
     """Returns the test accuracies: a row a method, a column a sparsity."""
     summary = summarize(records)
-    names, sparsities = _axes_of(records)
+    names, sparsities = axes_of(records)
     most = max((s.seeds for s in summary.values()), default=0)
     best = {
         s: max((e.mean for (n, at), e in summary.items() if at == s), key=_or_lowest)
         for s in sparsities
     }
     out = rich.table.Table(
-        title=f"{setting.task}: test accuracy in %, mean ± std of {_count(most)}",
+        title=f"{setting.task}: test accuracy in %, mean ± std of {count(most)}",
         caption=_caption(setting, records),
         box=rich.box.SIMPLE_HEAD,
         title_style="bold",
@@ -151,10 +151,11 @@ def _caption(setting: Setting, records: Sequence[Record]) -> str:
     twice = ordered([r["config"]["method"] for r in records if len(r["history"]) > 1])
     if twice:
         parts.append(f"as many before pruning for {', '.join(twice)}")
-    return "; ".join([*parts, _sources(records)])
+    return "; ".join([*parts, sources(records)])
 
 
-def _sources(records: Sequence[Record]) -> str:
+def sources(records: Sequence[Record]) -> str:
+    """Returns where the data of runs comes from."""
     return "; ".join(sorted({record["source"] for record in records}))
 
 
@@ -167,11 +168,13 @@ def _cell(summary: Summary | None, most: int) -> str:
     return text if summary.seeds == most else f"{text} (n={summary.seeds})"
 
 
-def _count(seeds: int) -> str:
+def count(seeds: int) -> str:
+    """Returns a number of seeds in words."""
     return "1 seed" if seeds == 1 else f"{seeds} seeds"
 
 
-def _axes_of(records: Sequence[Record]) -> tuple[list[str], list[float]]:
+def axes_of(records: Sequence[Record]) -> tuple[list[str], list[float]]:
+    """Returns the rows and columns of a table: methods but dense, and sparsities."""
     sparse = [r["config"] for r in records if r["config"]["method"] != DENSE]
     names = ordered([config["method"] for config in sparse])
     return names, sorted({config["sparsity"] for config in sparse})
@@ -185,7 +188,7 @@ def accuracy_figure(setting: Setting, records: Sequence[Record]) -> mpl_figure.F
     which tells methods apart that are all close to the dense network.
     """
     summary = summarize(records)
-    names, sparsities = _axes_of(records)
+    names, sparsities = axes_of(records)
     compression = {s: 1 / (1 - s) for s in sparsities}
     figure = mpl_figure.Figure(figsize=(8.0, 4.8), dpi=150, layout="constrained")
     axes = figure.subplots()
@@ -206,12 +209,10 @@ def accuracy_figure(setting: Setting, records: Sequence[Record]) -> mpl_figure.F
         x = [compression[s] for s in have]
         mean = np.array([100 * summary[name, s].mean for s in have])
         std = np.array([100 * summary[name, s].std for s in have])
-        color, marker = _style(name)
+        style = _style(name)
         low, high = np.clip([mean - std, mean + std], 0, 100)
-        axes.fill_between(x, low, high, color=color, alpha=0.15, lw=0)
-        axes.plot(
-            x, mean, color=color, marker=marker, markersize=5, linewidth=1.6, label=name
-        )
+        axes.fill_between(x, low, high, color=style["color"], alpha=0.15, lw=0)
+        axes.plot(x, mean, markersize=5, linewidth=1.6, label=name, **style)
     axes.set_xscale("log")
     ticks = list(compression.values())
     axes.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
@@ -222,7 +223,7 @@ def accuracy_figure(setting: Setting, records: Sequence[Record]) -> mpl_figure.F
     axes.yaxis.set_major_locator(ticker.FixedLocator(_PERCENTS))
     axes.set_ylabel("test accuracy in % (log scale of the error)")
     most = max((s.seeds for s in summary.values()), default=0)
-    title = f"{setting.task}, mean ± std of {_count(most)}\n{_sources(records)}"
+    title = f"{setting.task}, mean ± std of {count(most)}\n{sources(records)}"
     axes.set_title(title, loc="left", fontsize="medium")
     _tidy(axes)
     figure.legend(loc="outside right center", frameon=False)
@@ -235,7 +236,7 @@ def density_figure(setting: Setting, records: Sequence[Record]) -> mpl_figure.Fi
     The densities are means over seeds on a logarithmic axis that is linear near 0, so
     that a layer from which everything was removed can be seen.
     """
-    names, sparsities = _axes_of(records)
+    names, sparsities = axes_of(records)
     values = collections.defaultdict(list)
     for record in records:
         config = record["config"]
@@ -273,7 +274,7 @@ def density_figure(setting: Setting, records: Sequence[Record]) -> mpl_figure.Fi
         axes.set_axis_off()
     figure.supxlabel("layer")
     figure.supylabel("density: kept fraction of the layer's weights")
-    title = f"{setting.task}: where the weights are kept\n{_sources(records)}"
+    title = f"{setting.task}: where the weights are kept\n{sources(records)}"
     figure.suptitle(title, x=0.02, ha="left", fontsize="medium")
     keys = [
         lines.Line2D([], [], color=color, marker="o", markersize=4, label=f"{s:g}")
@@ -302,11 +303,18 @@ def _to_percent(place: np.ndarray) -> np.ndarray:
     return 100.5 - 10.0**-place
 
 
-def _style(name: str) -> tuple[str, str]:
+def _style(name: str) -> dict[str, Any]:
     sparse = [method for method in methods.__all__ if method != DENSE]
     # A method that is not in the registry any more gets the style after the last.
     place = sparse.index(name) if name in sparse else len(sparse)
-    return _COLORS[place % len(_COLORS)], _MARKERS[place % len(_MARKERS)]
+    color, turn = _COLORS[place % len(_COLORS)], place // len(_COLORS)
+    return {
+        "color": color,
+        # In the second turn of the colours lines are dashed and markers hollow.
+        "marker": _MARKERS[(place + 3 * turn) % len(_MARKERS)],
+        "linestyle": ("-", (0, (4, 1.5)))[turn % 2],
+        "markerfacecolor": (color, "white")[turn % 2],
+    }
 
 
 def _tidy(axes: mpl_axes.Axes) -> None:
@@ -331,7 +339,7 @@ def write(
     paths = []
     for setting, runs in by_setting(records).items():
         console.print(table(setting, runs))
-        if not _axes_of(runs)[0]:
+        if not axes_of(runs)[0]:
             continue
         for kind, draw in _PICTURES.items():
             path = workdir / f"{setting.stem}-{kind}.png"

@@ -128,8 +128,12 @@ def test_the_accuracy_picture_shows_a_line_and_a_band_a_method(records):
 
 
 def test_every_method_has_a_style_of_its_own():
-    styles = {report._style(name) for name in methods.__all__ if name != "dense"}
+    styles = {
+        str(report._style(name)) for name in methods.__all__ if name != report.DENSE
+    }
     assert len(styles) == len(methods.__all__) - 1
+    family = methods.__all__[methods.__all__.index("static") :]
+    assert len({report._style(name)["color"] for name in family}) == len(family)
 
 
 def test_the_density_picture_shows_a_panel_a_method_and_a_line_a_sparsity(records):

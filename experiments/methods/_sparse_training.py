@@ -297,6 +297,7 @@ def dsr(
     *,
     key: PRNGKeyArray,
     target: float = 0.1,
+    threshold: float = 1e-3,
     updates: int = 40,
     end: float = 0.75,
     epochs: int | None = None,
@@ -310,6 +311,7 @@ def dsr(
         key: decides on weights, masks, growth and the order of rows.
         target: the part of the living weights that the threshold is steered to drop at
             an update.
+        threshold: at the start; it doubles or halves from update to update.
         updates: how many periods between mask updates the training has.
         end: the part of the training after which masks stay.
         epochs: how long to train; the task's budget by default.
@@ -334,6 +336,7 @@ def dsr(
         epochs=epochs,
         on_epoch=on_epoch,
         target=max(round(target * living), 1),
+        threshold=threshold,
         **_cadence(task, epochs, updates, end),
     )
 

@@ -6,7 +6,7 @@ outside them are exactly zero.
 """
 
 from jprune.sparse_training._dsr import dsr
-from jprune.sparse_training._dynamic import cosine_fraction, dynamic, every
+from jprune.sparse_training._dynamic import dynamic
 from jprune.sparse_training._gradual import gradual_magnitude, granet
 from jprune.sparse_training._rigl import rigl, rigl_itop
 from jprune.sparse_training._rules import (
@@ -30,6 +30,7 @@ from jprune.sparse_training._state import (
     survival_of_grown,
 )
 from jprune.sparse_training._static import static
+from jprune.sparse_training._timing import cosine_fraction, every
 
 __all__ = [
     "Dropped",

@@ -8,7 +8,7 @@ from jaxtyping import Array, Int, PRNGKeyArray
 from jprune import allocation as allocation_lib
 from jprune.allocation import Allocation
 from jprune.pruning import Sparsity
-from jprune.sparse_training import _dynamic, _rules
+from jprune.sparse_training import _dynamic, _rules, _timing
 from jprune.sparse_training._rules import Dropped, Event
 from jprune.types import Masks, Prunable
 
@@ -84,7 +84,7 @@ def dsr(
         room = jnp.asarray(event.layer_sizes(), left.dtype) - living(event)
         at = jnp.where(dropped > (1 + tolerance) * target, at / 2, at)
         at = jnp.where(dropped < (1 - tolerance) * target, event.memory * 2, at)
-        return Dropped(keeps, _share(dropped, left, room), at)
+        return Dropped(keeps, _rules.shares(dropped, left, room), at)
 
     def living(event: Event) -> Int[Array, " layers"]:
         return event.counts(event.living)
@@ -92,9 +92,7 @@ def dsr(
     return _dynamic.dynamic(
         sparsity,
         drop=drop,
-        grow=_rules.anywhere,
-        fraction=0.0,
-        due=_dynamic.every(every, end=end),
+        due=_timing.every(every, end=end),
         regrow=False,
         allocation=allocation or allocation_lib.uniform(),
         units=units,
@@ -103,21 +101,3 @@ def dsr(
         memory=np.float32(threshold),
         seed=seed,
     )
-
-
-def _share(
-    total: Int[Array, ""], weights: Int[Array, " layers"], room: Int[Array, " layers"]
-) -> Int[Array, " layers"]:
-    """Returns integers in proportion to weights that sum to a total, within room."""
-    exact = total * (weights / jnp.maximum(jnp.sum(weights), 1))
-    whole = jnp.minimum(jnp.floor(exact).astype(room.dtype), room)
-    # What is left goes to the largest remainders, one each, and then to any room.
-    order = jnp.argsort(jnp.floor(exact) - exact, stable=True)
-    free = (room - whole)[order]
-    missing = total - jnp.sum(whole, dtype=room.dtype)
-    has_room = free > 0
-    one = (has_room & (jnp.cumsum(has_room) <= missing)).astype(room.dtype)
-    free, missing = free - one, missing - jnp.sum(one, dtype=room.dtype)
-    before = jnp.cumsum(free, dtype=room.dtype) - free
-    more = jnp.clip(missing - before, 0, free)
-    return whole.at[order].add((one + more).astype(room.dtype))

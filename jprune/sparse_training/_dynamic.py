@@ -1,6 +1,7 @@
 """The one transformation of which dynamic sparse training methods are special cases."""
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,27 +10,31 @@ import optax
 from jaxtyping import Array, PRNGKeyArray
 
 from jprune import masks as masks_lib
-from jprune import pruning, selection
+from jprune import pruning, selection, trees
 from jprune import scores as scores_lib
 from jprune import units as units_lib
 from jprune.allocation import Allocation, erdos_renyi_kernel
 from jprune.pruning import Sparsity
-from jprune.sparse_training import _state
+from jprune.sparse_training import _rules, _state
 from jprune.sparse_training._rules import Dropped, Event
+from jprune.sparse_training._state import Storage
+from jprune.sparse_training._timing import Steps
 from jprune.types import Masks, Params, Prunable
 from jprune.units import Units
 
 Drop = Callable[[Event], Dropped]
 Grow = Callable[[Event], list[Array]]
-Steps = Callable[[Any], Any]
 UnitsOf = Callable[[Params], Units]
+# (memory, gradients of the leaves with units) -> memory, in every step
+Track = Callable[[Any, list[Array]], Any]
+# event -> gradients of the leaves with units
+Emit = Callable[[Event], list[Array]]
 
 
 class _Carry(NamedTuple):
     """What a mask update changes of a :class:`MaskState`."""
 
     masks: Masks
-    flipped: Masks
     visited: Masks
     refused: Array
     memory: Any
@@ -39,11 +44,14 @@ def dynamic(
     sparsity: Sparsity | None = None,
     *,
     drop: Drop,
-    grow: Grow,
-    fraction: float | Steps,
+    grow: Grow = _rules.anywhere,
+    fraction: float | Steps = 0.0,
     due: Steps,
     hold: bool = False,
     regrow: bool = True,
+    storage: Storage = Storage.SPARSE,
+    track: Track | None = None,
+    emit: Emit | None = None,
     allocation: Allocation | None = None,
     units: UnitsOf | None = None,
     prunable: Prunable = None,
@@ -55,13 +63,13 @@ def dynamic(
 
     It comes first in a chain, sees the dense gradient, and emits the gradient at the
     masks. In a mask update every layer loses the living units that ``drop`` does not
-    keep, and gains as many as it says where ``grow`` scores highest. Finish the chain
-    with :func:`sparse`.
+    keep, and gains as many as it says where ``grow`` scores highest. The gradient step
+    follows with the new masks. Finish the chain with :func:`sparse`.
 
     Args:
         sparsity: the removed fraction, in [0, 1), or a table of path patterns.
-        drop: ``event -> (keeps, gains)``: which living units stay, and how many units
-            each layer is to grow, see :class:`Dropped`.
+        drop: ``event -> (keeps, gains, memory)``: which units stay, how many each layer
+            is to grow, and what to remember, see :class:`Dropped`.
         grow: ``event -> scores``, larger = grow.
         fraction: the part of the living units to drop, or ``step -> fraction``.
         due: ``step -> bool``, whether the masks are updated.
@@ -69,14 +77,21 @@ def dynamic(
             :func:`sparse`).
         regrow: whether what was just dropped may grow at once, and then keeps its
             value.
+        storage: what becomes of the weights outside the masks, see :class:`Storage`.
+        track: ``(memory, gradients) -> memory``, what is remembered of every step;
+            lists have one entry a leaf.
+        emit: ``event -> gradients`` in place of the gradient at the masks (of all
+            weights, if they are ``LATENT`` or ``SOFT``); lists have one entry a leaf.
         allocation: of the initial masks, see :mod:`jprune.allocation`;
             Erdos-Renyi-Kernel unless given.
         units: what is dropped and grown at once: a builder such as
-            ``jprune.units.filters``; single weights unless given.
+            ``jprune.units.filters``; single weights unless given. Of N:M units, which
+            fix their own sparsity, each group keeps what ``drop`` keeps, as far as
+            there is room, and fills up by ``grow``.
         prunable: which leaves are pruned, see :func:`jprune.trees.prunable_leaves`.
         masks: the initial masks, in place of ``sparsity`` and random ones.
         memory: what ``drop`` sees as ``event.memory`` at the first mask update: an
-            array or a pytree of them.
+            array, a pytree of them, or a function of the units and the parameters.
         seed: of the initial masks and of random growth; an int or a key.
 
     Returns:
@@ -88,11 +103,12 @@ def dynamic(
             neither of ``sparsity`` and ``masks``; (from ``init``) masks that do not
             fit, or what :func:`jprune.prune` says; (from ``update``) no ``params``.
     """
-    if (sparsity is None) == (masks is None):
+    if sparsity is not None and masks is not None:
         raise ValueError(
-            f"sparsity, masks: give one of them, got {sparsity!r} and "
-            f"{'masks' if masks is not None else None}"
+            f"sparsity, masks: give one of them, got {sparsity!r} and masks"
         )
+    if sparsity is None and masks is None and units is None:
+        raise ValueError("sparsity, masks: give one of them, got neither")
     if isinstance(sparsity, jax.Array):
         raise ValueError("sparsity: a Python number is needed, not an array")
     if isinstance(sparsity, (float, int)):
@@ -105,76 +121,108 @@ def dynamic(
             return units_lib.weights(params, prunable=prunable)
         return units(params)
 
+    def is_due(step: Array) -> Array:
+        return jnp.asarray(due(step))
+
     def next_hold(step: Array) -> Array | None:
-        return jnp.asarray(due(step)) if hold else None
+        # An array of its own: the same buffer twice in a state could not be donated.
+        return is_due(step) if hold else None
+
+    def at_step(state: _state.MaskState, step: Array) -> _state.MaskState:
+        return state._replace(
+            step=step, due_next=is_due(step), hold_next=next_hold(step)
+        )
 
     def init_fn(params: Params) -> Any:
         own = units_of(params)
         key = jax.random.key(seed) if isinstance(seed, int) else jnp.asarray(seed)
         key, first = jax.random.split(key)
-        if masks is not None:
-            start = units_lib.expand(own, params, units_lib.living(own, params, masks))
-        else:
-            noise = scores_lib.random(params, key=first)
-            spread = None if isinstance(sparsity, Mapping) else erdos_renyi_kernel()
-            start = pruning.prune(
-                noise, sparsity, units=own, allocation=allocation or spread
-            )
-        start = _sharded_like(start, params)
+        start = _sharded_like(first_masks(own, params, first), params)
+        remembered = memory(own, params) if callable(memory) else memory
 
         def own_buffers() -> Masks:
-            # A buffer that stands in a state twice could not be donated.
             return jax.tree.map(jnp.copy, start)
 
+        step = jnp.zeros((), jnp.int32)
         return _state.MaskState(
-            step=jnp.zeros((), jnp.int32),
+            step=step,
             key=key,
             masks=own_buffers(),
-            flipped=masks_lib.difference(start, start),
             initial=own_buffers(),
             visited=own_buffers(),
-            changed=jnp.zeros((), bool),
-            hold_next=next_hold(jnp.zeros((), jnp.int32)),
+            due_next=is_due(step),
+            hold_next=next_hold(step),
             refused=jnp.zeros((), jnp.int32),
-            memory=jax.tree.map(jnp.asarray, memory),
+            memory=jax.tree.map(jnp.asarray, remembered),
+            storage=storage,
         )
 
-    def mask_update(
-        carry: _Carry, step: Array, key: Array, params: Params, grads: optax.Updates
-    ) -> _Carry:
-        masks, _, visited, refused, memory = carry
+    def first_masks(own: Units, params: Params, key: PRNGKeyArray) -> Masks:
+        if masks is not None:
+            return units_lib.expand(own, params, units_lib.living(own, params, masks))
+        if sparsity == 0.0:
+            everything = [jnp.ones(group.shape, bool) for group in own.groups]
+            return units_lib.expand(own, params, everything)
+        noise = scores_lib.random(params, key=key)
+        spread = allocation
+        if spread is None and isinstance(sparsity, (float, int)):
+            spread = erdos_renyi_kernel()
+        return pruning.prune(noise, sparsity, units=own, allocation=spread)
+
+    def event_of(
+        masks: Masks,
+        step: Array,
+        key: Array,
+        params: Params,
+        grads: optax.Updates,
+        memory: Any,
+    ) -> Event:
         own = units_of(params)
-        event = Event(
+        part = fraction(step) if callable(fraction) else fraction
+        return Event(
             step=step,
             key=jax.random.fold_in(key, step),
-            fraction=jnp.asarray(
-                fraction(step) if callable(fraction) else fraction, float
-            ),
+            fraction=jnp.asarray(part, float),
             units=own,
             weights=_floats(own, params),
             grads=_floats(own, grads),
             living=units_lib.living(own, params, masks),
             memory=memory,
         )
+
+    def mask_update(
+        carry: _Carry, step: Array, key: Array, params: Params, grads: optax.Updates
+    ) -> _Carry:
+        masks, visited, refused, memory = carry
+        event = event_of(masks, step, key, params, grads, memory)
         keeps, gains, remembered = drop(event)
-        free = [~keep for keep in keeps]
-        if not regrow:
-            free = [~alive for alive in event.living]
-        grown = event.top(grow(event), free, gains)
-        chosen = [keep | new for keep, new in zip(keeps, grown, strict=True)]
-        new = units_lib.expand(own, params, chosen)
+        chosen = _grown(event, keeps, gains, grow, regrow=regrow)
+        new = units_lib.expand(event.units, params, chosen)
         finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(g)) for g in event.grads]))
         new, memory = jax.tree.map(
             lambda a, b: jnp.where(finite, a, b), (new, remembered), (masks, memory)
         )
-        # Written as the old masks and a difference, the new ones take their place; else
-        # every step, with an update or without, would copy them.
-        flipped = masks_lib.symmetric_difference(masks, new)
-        new = masks_lib.symmetric_difference(masks, flipped)
-        visited = masks_lib.union(visited, new)
-        return _Carry(new, flipped, visited, refused + ~finite, memory)
+        return _Carry(new, masks_lib.union(visited, new), refused + ~finite, memory)
 
     update_when_due = _conditional(mask_update)
+
+    def tracked(memory: Any, params: Params, grads: optax.Updates) -> Any:
+        return track(memory, _floats(units_of(params), grads)) if track else memory
+
+    def emitted(grads: optax.Updates, state: _state.MaskState, params: Params) -> Any:
+        if emit is None:
+            dense = storage in (Storage.LATENT, Storage.SOFT)
+            return grads if dense else _clear(grads, state.masks)
+        event = event_of(
+            state.masks, state.step, state.key, params, grads, state.memory
+        )
+        places = [group.leaf.place for group in event.units.groups]
+        flat = jax.tree.leaves(grads)
+        new = {
+            place: value.astype(flat[place].dtype)
+            for place, value in zip(places, emit(event), strict=True)
+        }
+        return trees.replace_leaves(grads, new, lambda leaf: leaf)
 
     def update_fn(
         updates: optax.Updates,
@@ -187,67 +235,49 @@ def dynamic(
             raise ValueError(
                 "params: they are needed; call update(grads, state, params)"
             )
-        is_due = jnp.asarray(due(state.step))
+        if isinstance(state, _state.Settled):
+            state, counted = state
+            new = emitted(updates, state, params)
+            step = jnp.where(counted, state.step, optax.safe_increment(state.step))
+            memory = jax.tree.map(
+                functools.partial(jnp.where, counted),
+                state.memory,
+                tracked(state.memory, params, updates),
+            )
+            state = at_step(state._replace(memory=memory), step)
+            return new, _state.Settled(state, counted)
+        memory = tracked(state.memory, params, updates)
+        state = state._replace(memory=memory)
         carry = _Carry(*(getattr(state, name) for name in _Carry._fields))
-        carry = update_when_due(is_due, carry, state.step, state.key, params, updates)
-        step = jnp.asarray(optax.safe_increment(state.step))
-        state = state._replace(
-            step=step,
-            changed=is_due | (state.step == 0),
-            hold_next=next_hold(step),
-            **carry._asdict(),
+        carry = update_when_due(
+            is_due(state.step), carry, state.step, state.key, params, updates
         )
-        return _clear(updates, carry.masks), state
+        step = jnp.asarray(optax.safe_increment(state.step))
+        state = state._replace(**carry._asdict())
+        new = emitted(updates, state, params)
+        return new, at_step(state, step)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def every(period: int, *, start: int | None = None, end: int | None = None) -> Steps:
-    """Returns the function that is true every ``period`` steps.
-
-    Args:
-        period: the number of steps from one event to the next.
-        start: the first event; ``period`` unless given.
-        end: the step from which on there is no event; never unless given.
-
-    Raises:
-        ValueError: ``period`` is below 1.
-
-    Example:
-        >>> due = every(2, end=6)
-        >>> [step for step in range(9) if due(step)]
-        [2, 4]
-    """
-    if period < 1:
-        raise ValueError(f"every: {period} is below 1")
-    first = period if start is None else start
-
-    def due(step: Any) -> Any:
-        inside = (step >= first) if end is None else (step >= first) & (step < end)
-        return inside & ((step - first) % period == 0)
-
-    return due
-
-
-def cosine_fraction(initial: float, *, end: int, final: float = 0.0) -> Steps:
-    """Returns the fraction that falls along half a cosine.
-
-    ``f(t) = final + (initial - final) (1 + cos(pi t / end)) / 2``, and ``final`` after
-    the end.
-
-    Example:
-        >>> fraction = cosine_fraction(0.3, end=100)
-        >>> [round(float(fraction(t)), 4) for t in (0, 50, 100)]
-        [0.3, 0.15, 0.0]
-    """
-    if not 0 <= final <= initial <= 1:
-        raise ValueError(f"fraction: {initial} to {final} does not fall within [0, 1]")
-
-    def fraction(step: Any) -> Any:
-        t = jnp.minimum(step, end) / end
-        return final + (initial - final) * (1 + jnp.cos(jnp.pi * t)) / 2
-
-    return fraction
+def _grown(
+    event: Event, keeps: list[Array], gains: Array | None, grow: Grow, *, regrow: bool
+) -> list[Array]:
+    """Returns what is kept and what grows."""
+    if gains is None:
+        return keeps
+    barred = keeps if regrow else event.living
+    if event.units.choose is None:
+        free = [~taken for taken in barred]
+        grown = event.top(grow(event), free, gains)
+        return [keep | new for keep, new in zip(keeps, grown, strict=True)]
+    places = zip(keeps, barred, grow(event), event.units.groups, strict=True)
+    return [
+        event.units.choose(
+            jnp.where(keep, jnp.inf, jnp.where(taken, -jnp.inf, score)), group
+        )
+        for keep, taken, score, group in places
+    ]
 
 
 def _sharded_like(masks: Masks, params: Params) -> Masks:

@@ -6,7 +6,7 @@ import optax
 from jaxtyping import Array, PRNGKeyArray
 
 from jprune import schedules, selection
-from jprune.sparse_training import _dynamic, _rules
+from jprune.sparse_training import _dynamic, _rules, _timing
 from jprune.sparse_training._rules import Dropped, Event
 from jprune.types import Prunable
 
@@ -63,13 +63,11 @@ def gradual_magnitude(
         ]
         counts = _at_event(cadence, np.asarray(table), event)
         keeps = event.top(_rules.magnitudes(event), event.living, counts)
-        return Dropped(keeps, jnp.zeros_like(counts))
+        return Dropped(keeps)
 
     return _dynamic.dynamic(
         initial,
         drop=drop,
-        grow=_rules.anywhere,
-        fraction=0.0,
         due=cadence.is_event,
         units=units,
         prunable=prunable,
@@ -129,7 +127,7 @@ def granet(
     draws each weight on its own; masks are updated before the gradient step.
     """
     cadence = _cubic_cadence(sparsity, initial, start=start, end=end, every=every)
-    due = _dynamic.every(every, start=start, end=steps)
+    due = _timing.every(every, start=start, end=steps)
 
     def drop(event: Event) -> Dropped:
         size = int(np.sum(event.layer_sizes()))
@@ -148,7 +146,7 @@ def granet(
         initial,
         drop=drop,
         grow=_rules.steepest,
-        fraction=_dynamic.cosine_fraction(
+        fraction=_timing.cosine_fraction(
             drop_fraction, end=steps, final=final_fraction
         ),
         due=lambda step: due(step) | cadence.is_event(step),

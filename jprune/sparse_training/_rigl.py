@@ -5,7 +5,7 @@ from jaxtyping import PRNGKeyArray
 
 from jprune.allocation import Allocation
 from jprune.pruning import Sparsity
-from jprune.sparse_training import _dynamic, _rules
+from jprune.sparse_training import _dynamic, _rules, _timing
 from jprune.types import Masks, Prunable
 
 
@@ -66,8 +66,8 @@ def rigl(
         sparsity,
         drop=_rules.smallest,
         grow=_rules.steepest,
-        fraction=_dynamic.cosine_fraction(drop_fraction, end=end),
-        due=_dynamic.every(every, end=end),
+        fraction=_timing.cosine_fraction(drop_fraction, end=end),
+        due=_timing.every(every, end=end),
         hold=hold,
         regrow=regrow,
         allocation=allocation,
@@ -126,10 +126,10 @@ def rigl_itop(
         sparsity,
         drop=_rules.smallest,
         grow=_rules.steepest,
-        fraction=_dynamic.cosine_fraction(
+        fraction=_timing.cosine_fraction(
             drop_fraction, end=steps, final=final_fraction
         ),
-        due=_dynamic.every(every, end=steps),
+        due=_timing.every(every, end=steps),
         allocation=allocation,
         units=units,
         prunable=prunable,

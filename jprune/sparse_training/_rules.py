@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Real
 
 from jprune import selection
 from jprune.units import Units
@@ -81,13 +81,13 @@ class Dropped(NamedTuple):
     """What a drop rule decides.
 
     Attributes:
-        keeps: which living units stay, in the groups' shapes.
-        gains: how many units each layer is to grow.
+        keeps: which units stay, in the groups' shapes.
+        gains: how many units each layer is to grow; None if nothing grows.
         memory: what the rule is to see at the next update.
     """
 
     keeps: list[Array]
-    gains: Int[Array, " layers"]
+    gains: Int[Array, " layers"] | None = None
     memory: Any = ()
 
 
@@ -150,3 +150,22 @@ def anywhere(event: Event) -> list[Array]:
         jax.random.uniform(key, alive.shape)
         for key, alive in zip(keys, event.living, strict=True)
     ]
+
+
+def shares(
+    total: Int[Array, ""], weights: Real[Array, " layers"], room: Int[Array, " layers"]
+) -> Int[Array, " layers"]:
+    """Returns integers in proportion to weights that sum to a total, within room."""
+    whole = jnp.sum(weights)
+    exact = total * (weights / jnp.where(whole > 0, whole, 1))
+    whole = jnp.minimum(jnp.floor(exact).astype(room.dtype), room)
+    # What is left goes to the largest remainders, one each, and then to any room.
+    order = jnp.argsort(jnp.floor(exact) - exact, stable=True)
+    free = (room - whole)[order]
+    missing = total - jnp.sum(whole, dtype=room.dtype)
+    has_room = free > 0
+    one = (has_room & (jnp.cumsum(has_room) <= missing)).astype(room.dtype)
+    free, missing = free - one, missing - jnp.sum(one, dtype=room.dtype)
+    before = jnp.cumsum(free, dtype=room.dtype) - free
+    more = jnp.clip(missing - before, 0, free)
+    return whole.at[order].add((one + more).astype(room.dtype))

@@ -7,7 +7,7 @@ from jaxtyping import PRNGKeyArray
 from jprune import allocation as allocation_lib
 from jprune.allocation import Allocation
 from jprune.pruning import Sparsity
-from jprune.sparse_training import _dynamic, _rules
+from jprune.sparse_training import _dynamic, _rules, _timing
 from jprune.sparse_training._rules import Dropped, Event
 from jprune.types import Masks, Prunable
 
@@ -62,7 +62,7 @@ def set_(
         drop=_drop_within_room,
         grow=_rules.anywhere,
         fraction=zeta,
-        due=_dynamic.every(every, end=end),
+        due=_timing.every(every, end=end),
         regrow=False,
         allocation=allocation or allocation_lib.erdos_renyi(),
         units=units,
@@ -74,14 +74,15 @@ def set_(
 
 def _drop_within_room(event: Event) -> Dropped:
     """Drops no more of a layer than it has room to grow elsewhere."""
-    keeps, gains, memory = _rules.smallest_of_each_sign(event)
+    keeps, _, memory = _rules.smallest_of_each_sign(event)
     living = event.counts(event.living)
     room = jnp.asarray(event.layer_sizes(), living.dtype) - living
     dropped = [alive & ~keep for alive, keep in zip(event.living, keeps, strict=True)]
-    short = jnp.maximum(gains - room, 0)
+    lost = event.counts(dropped)
+    short = jnp.maximum(lost - room, 0)
     back = event.top(_rules.magnitudes(event), dropped, short)
     keeps = [keep | stays for keep, stays in zip(keeps, back, strict=True)]
-    return Dropped(keeps, gains - short, memory)
+    return Dropped(keeps, lost - short, memory)
 
 
 def set_itop(
@@ -128,10 +129,10 @@ def set_itop(
         sparsity,
         drop=_rules.smallest,
         grow=_rules.anywhere,
-        fraction=_dynamic.cosine_fraction(
+        fraction=_timing.cosine_fraction(
             drop_fraction, end=steps, final=final_fraction
         ),
-        due=_dynamic.every(every, end=steps),
+        due=_timing.every(every, end=steps),
         allocation=allocation,
         units=units,
         prunable=prunable,

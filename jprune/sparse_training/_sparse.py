@@ -12,11 +12,12 @@ from jaxtyping import Array, PyTree
 from jprune import masks as masks_lib
 from jprune import trees
 from jprune.sparse_training import _state
+from jprune.sparse_training._state import Storage
 from jprune.types import Masks, Params
 
 # A wrapper in the wrong order leaves weights outside the masks again and again, so a
 # look at some of the steps finds it. Never at the first, where a dense start is fair.
-_LOOK_EVERY = 16
+_LOOK_EVERY = 64
 
 
 def sparse(
@@ -78,58 +79,47 @@ def sparse(
             raise ValueError(
                 "params: sparse needs them; call update(grads, state, params)"
             )
-        # What a moment is at the start; XLA drops what nobody asks for.
-        fresh = tx.init(jax.tree.map(_zeros_like, params))
+        holders = _state.holders(state.inner)
+        step = holders[0].step
+        due = _any(holder.due_next for holder in holders)
+        # The masks of a dense start are news to the moments too.
+        enters = due | (step == 0) | (step % _LOOK_EVERY == 1)
+        holds = [x.hold_next for x in holders if x.hold_next is not None]
 
-        def reset(inner: PyTree) -> PyTree:
-            unbroken = masks_lib.difference(
-                _state.masks_of(inner), _state.flipped_of(inner)
-            )
-            return _where_unbroken(params, unbroken, inner, fresh)
+        def update_masks(carry: tuple[PyTree, Array]) -> tuple[PyTree, Array]:
+            inner, stray = carry
+            before = _masks_for(params, inner)
+            _, new = tx.update(updates, inner, params, **extra_args)
+            inner = _state.with_holders(inner, _state.holders(new))
+            unbroken = masks_lib.intersection(before, _masks_for(params, inner))
+            # What a moment is at the start; XLA drops what nobody asks for.
+            fresh = tx.init(jax.tree.map(_zeros_like, params))
+            stray += jnp.where(step > 0, _count_stray(params, before), 0)
+            return _where_unbroken(params, unbroken, inner, fresh), stray
 
         def descend(carry: tuple) -> tuple:
             grads, inner = carry
-            updates, inner = tx.update(grads, inner, params, **extra_args)
-            updates = _land(updates, params, _masks_for(params, inner))
-            changed = _any(holder.changed for holder in _state.holders(inner))
-
-            def finish(carry: tuple) -> tuple:
-                # To land twice is to land; but were the updates not part of the loop,
-                # they would be computed after it, from a copy of the moments. Masks
-                # that came from outside it would be copied too.
-                updates, inner = carry
-                return _land(updates, params, _state.masks_of(inner)), reset(inner)
-
-            return _once(changed, finish, (updates, inner))
+            settled = _state.settle(inner, counted=enters)
+            updates, settled = tx.update(grads, settled, params, **extra_args)
+            inner = _state.unsettle(settled)
+            return _land(updates, params, _masks_for(params, inner)), inner
 
         def spend(carry: tuple) -> tuple:
-            grads, inner = carry
-            _, new = tx.update(grads, inner, params, **extra_args)
-            after = _masks_for(params, new)
+            updates, inner = carry
+            masks = _state.masks_stored(inner, Storage.SPARSE, Storage.SOFT)
             still = jax.tree.map(jnp.zeros_like, updates)
-            inner = jax.tree.map(
-                lambda new, old: new if _state.is_holder(new) else old,
-                new,
-                inner,
-                is_leaf=_state.is_holder,
-            )
-            return _land(still, params, after), reset(inner)
+            return _land(still, params, masks), inner
 
-        holders = _state.holders(state.inner)
-        holds = [x.hold_next for x in holders if x.hold_next is not None]
-        carry = (updates, state.inner)
-        if not holds:
-            updates, inner = descend(carry)
-        else:
-            # Two loops of no turn or one: unlike a cond, they work in place.
+        # Loops of no turn or one: unlike a cond, they work in place.
+        inner, stray = _once(enters, update_masks, (state.inner, state.stray))
+        carry = (updates, inner)
+        if holds:
             spends = _any(holds)
             carry = _of_types(carry, jax.eval_shape(descend, carry))
             carry = _once(~spends, descend, carry)
             updates, inner = _once(spends, spend, carry)
-        looks = holders[0].step % _LOOK_EVERY == 1
-        stray = state.stray + jax.lax.cond(
-            looks, lambda: _count_stray(params, inner), lambda: jnp.zeros((), jnp.int32)
-        )
+        else:
+            updates, inner = descend(carry)
         return updates, _state.SparseState(inner, stray)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -186,14 +176,13 @@ def _any(flags: Iterable[Array]) -> Array:
 
 
 def _masks_for(params: Params, inner: optax.OptState) -> Masks:
-    masks = _state.masks_of(inner)
+    """Returns the masks outside which weights are zero."""
+    masks = _state.masks_stored(inner, Storage.SPARSE)
     masks_lib.check(masks, params)
     return masks
 
 
-def _count_stray(params: Params, inner: optax.OptState) -> Array:
-    # What the last mask update has dropped is on its way to zero.
-    masks = masks_lib.union(_state.masks_of(inner), _state.flipped_of(inner))
+def _count_stray(params: Params, masks: Masks) -> Array:
     counts = [
         jnp.sum((leaf.value != 0) & ~mask, dtype=jnp.int32)
         for leaf, mask in zip(
@@ -201,7 +190,7 @@ def _count_stray(params: Params, inner: optax.OptState) -> Array:
         )
         if np.ndim(mask)
     ]
-    return jnp.sum(jnp.stack(counts), dtype=jnp.int32)
+    return sum(counts, jnp.zeros((), jnp.int32))
 
 
 def _check_moments(params: Params, masks: Masks, inner: optax.OptState) -> None:

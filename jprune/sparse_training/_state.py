@@ -1,9 +1,11 @@
 """The state of masks that live in an optimiser, and what can be read from it."""
 
-from collections.abc import Callable
+import enum
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Bool, Int, PRNGKeyArray, PyTree
@@ -13,6 +15,16 @@ from jprune import trees
 from jprune.types import Masks, Params
 
 
+@jax.tree_util.register_static
+class Storage(enum.Enum):
+    """What becomes of the weights outside the masks; no leaf of a state."""
+
+    SPARSE = "they are zero"
+    LATENT = "they keep a value, which the forward pass does not see"
+    SOFT = "they are set to zero in an update of the masks, and train on"
+    DENSE = "they train on; the masks choose who gets a gradient"
+
+
 class MaskState(NamedTuple):
     """The state of a transformation that holds masks.
 
@@ -20,26 +32,41 @@ class MaskState(NamedTuple):
         step: the number of updates so far.
         key: from which, with the step, all randomness is drawn.
         masks: which weights live.
-        flipped: which weights the last update of the masks has dropped or grown.
         initial: the masks of the beginning.
         visited: which weights have ever lived.
-        changed: whether the last update was one of the masks, or the first of all.
+        due_next: whether the next update is one of the masks.
         hold_next: whether the next update is to be spent on the masks, so that
             :func:`sparse` takes no gradient step; None if that never happens.
         refused: how many mask updates were left out because a gradient was not finite.
-        memory: what the drop rule carries from one mask update to the next.
+        memory: what the rules carry from one update to the next.
+        storage: what becomes of the weights outside the masks.
     """
 
     step: Int[Array, ""]
     key: PRNGKeyArray
     masks: Masks
-    flipped: Masks
     initial: Masks
     visited: Masks
-    changed: Bool[Array, ""]
+    due_next: Bool[Array, ""]
     hold_next: Bool[Array, ""] | None
     refused: Int[Array, ""]
     memory: Any
+    storage: Storage
+
+
+class Settled(NamedTuple):
+    """A state whose masks are not to change in the next update.
+
+    :func:`sparse` updates masks first, and wraps the states of the holders for the
+    gradient step; whatever stands around a holder hands its state on unseen.
+
+    Attributes:
+        state: the state.
+        counted: whether the update of the masks has counted the step.
+    """
+
+    state: MaskState
+    counted: Bool[Array, ""]
 
 
 class SparseState(NamedTuple):
@@ -48,7 +75,7 @@ class SparseState(NamedTuple):
     Attributes:
         inner: the state of the transformation that it finishes.
         stray: how many non-zero weights have arrived outside the masks, at the second
-            update and at every 16th from there, all together.
+            update and at every 64th from there, all together.
     """
 
     inner: optax.OptState
@@ -63,6 +90,40 @@ def holders(opt_state: optax.OptState) -> list[MaskState]:
 def is_holder(node: Any) -> bool:
     """Whether ``node`` is a state that holds masks."""
     return isinstance(node, MaskState)
+
+
+def with_holders(
+    opt_state: optax.OptState, states: Sequence[MaskState]
+) -> optax.OptState:
+    """Returns ``opt_state`` with other states of its holders, in their order."""
+    rest = iter(states)
+    return jax.tree.map(
+        lambda node: next(rest) if is_holder(node) else node,
+        opt_state,
+        is_leaf=is_holder,
+    )
+
+
+def settle(opt_state: optax.OptState, *, counted: Bool[Array, ""]) -> optax.OptState:
+    """Wraps the states of holders, see :class:`Settled`."""
+    return jax.tree.map(
+        lambda node: Settled(node, counted) if is_holder(node) else node,
+        opt_state,
+        is_leaf=is_holder,
+    )
+
+
+def unsettle(opt_state: optax.OptState) -> optax.OptState:
+    """Undoes :func:`settle`."""
+
+    def is_settled(node: Any) -> bool:
+        return isinstance(node, Settled)
+
+    return jax.tree.map(
+        lambda node: node.state if is_settled(node) else node,
+        opt_state,
+        is_leaf=is_settled,
+    )
 
 
 def masks_of(opt_state: optax.OptState) -> Masks:
@@ -81,7 +142,6 @@ def masks_of(opt_state: optax.OptState) -> Masks:
         ValueError: no part of the state holds masks, or two hold those of one leaf.
 
     Example:
-        >>> import jax.numpy as jnp
         >>> from jprune.sparse_training import static
         >>> params = {"kernel": jnp.ones((4, 4))}
         >>> opt_state = optax.chain(static(0.75), optax.adam(1e-3)).init(params)
@@ -91,16 +151,26 @@ def masks_of(opt_state: optax.OptState) -> Masks:
     return _join(opt_state, lambda holder: holder.masks)
 
 
-def flipped_of(opt_state: optax.OptState) -> Masks:
-    """Returns which weights the last update of the masks has dropped or grown."""
-    return _join(opt_state, lambda holder: holder.flipped)
+def masks_stored(opt_state: optax.OptState, *storages: Storage) -> Masks:
+    """Returns the masks of holders with one of some storages; others prune nothing."""
+
+    def part(holder: MaskState) -> Masks:
+        if holder.storage in storages:
+            return holder.masks
+        return jax.tree.map(lambda _: masks_lib.never_pruned(), holder.masks)
+
+    return _join(opt_state, part)
 
 
 def forward_params(params: Params, opt_state: optax.OptState) -> Params:
     """Returns the parameters with which a loss is to be evaluated.
 
-    For methods that store sparse weights and a chain inside :func:`sparse`, these are
-    the parameters as they are. In a bare chain they are the parameters at the masks.
+    For methods that store sparse weights in a chain inside :func:`sparse`, these are
+    the parameters as they are; so they are for methods whose masks the forward pass
+    does not see (:func:`soft_filter`, :func:`gsm`). For all others, and in a bare
+    chain, they are the parameters at the masks. Their gradient is *straight-through*:
+    that with respect to the parameters at the masks, dense, as if the masks were not
+    there, which is what methods grow or update latent weights by.
 
     Args:
         params: the parameters.
@@ -110,15 +180,31 @@ def forward_params(params: Params, opt_state: optax.OptState) -> Params:
         ValueError: the state holds no masks.
 
     Example:
-        >>> import jax.numpy as jnp
         >>> from jprune.sparse_training import static
         >>> params = {"kernel": jnp.ones((4, 4))}
         >>> opt_state = optax.chain(static(0.75), optax.sgd(0.1)).init(params)
         >>> float(forward_params(params, opt_state)["kernel"].sum())
         4.0
     """
-    masks = masks_of(opt_state)
-    return params if _finished(opt_state) else masks_lib.apply(params, masks)
+    masked = [Storage.LATENT] if _finished(opt_state) else _MASKED
+    masks = masks_stored(opt_state, *masked)
+    masks_lib.check(masks, params)
+    return jax.tree.map(
+        lambda p, m: _straight_through(p, m) if np.ndim(m) else p, params, masks
+    )
+
+
+_MASKED = (Storage.SPARSE, Storage.LATENT)
+
+
+@jax.custom_jvp
+def _straight_through(param: Array, mask: Array) -> Array:
+    return jnp.where(mask, param, jnp.zeros((), param.dtype))
+
+
+@_straight_through.defjvp
+def _(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    return _straight_through(*primals), tangents[0]
 
 
 def check(opt_state: optax.OptState) -> None:
@@ -151,7 +237,6 @@ def exploration_rate(
         params: the parameters, needed where masks broadcast.
 
     Example:
-        >>> import jax.numpy as jnp
         >>> from jprune.sparse_training import static
         >>> float(exploration_rate(static(0.75).init({"kernel": jnp.ones((4, 4))})))
         0.25

@@ -5,7 +5,8 @@ from jaxtyping import PRNGKeyArray
 
 from jprune.allocation import Allocation
 from jprune.pruning import Sparsity
-from jprune.sparse_training import _dynamic, _rules
+from jprune.sparse_training import _dynamic
+from jprune.sparse_training._rules import Dropped
 from jprune.types import Masks, Prunable
 
 
@@ -46,9 +47,7 @@ def static(
     """
     return _dynamic.dynamic(
         sparsity,
-        drop=lambda event: _rules.replaced(event, event.living),
-        grow=_rules.anywhere,
-        fraction=0.0,
+        drop=lambda event: Dropped(event.living),
         due=lambda step: step < 0,
         allocation=allocation,
         units=units,

@@ -131,10 +131,7 @@ def train(params, batch, masks, optimizer, steps, due, next_mask, *, hold):
         for (layer, name), moment in moments.items():
             g = grads[layer][name]
             if name == "kernel":
-                fresh = due(t) & (masks[layer] & (history[t - 1][layer] == 0))
-                g = g * masks[layer]
-                change = moment.step(g) * masks[layer]
-                moment.reset(fresh)
+                change = moment.step(g * masks[layer]) * masks[layer]
             else:
                 change = moment.step(g)
             params[layer][name] = params[layer][name] + change

@@ -88,6 +88,7 @@ class Units(NamedTuple):
     groups: tuple[Group, ...]
     how: str
     choose: Callable[[Array, Group], Array] | None = None
+    density: float | None = None
 
 
 def pool(units: Units, scores: Scores) -> list[Array]:
@@ -463,7 +464,7 @@ def n_m(
         (along,) = layouts.axes_of(group.layout, axis)
         return _tiles.largest(scores, n, m, along)
 
-    return units._replace(choose=choose)
+    return units._replace(choose=choose, density=n / m)
 
 
 def _grid(

@@ -55,7 +55,7 @@ def dynamic(
     allocation: Allocation | None = None,
     units: UnitsOf | None = None,
     prunable: Prunable = None,
-    masks: Masks | None = None,
+    masks: Masks | Callable[[Params], Masks] | None = None,
     memory: Any = (),
     seed: int | PRNGKeyArray = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -89,7 +89,8 @@ def dynamic(
             fix their own sparsity, each group keeps what ``drop`` keeps, as far as
             there is room, and fills up by ``grow``.
         prunable: which leaves are pruned, see :func:`jprune.trees.prunable_leaves`.
-        masks: the initial masks, in place of ``sparsity`` and random ones.
+        masks: the initial masks, or ``params -> masks``, in place of ``sparsity`` and
+            random ones.
         memory: what ``drop`` sees as ``event.memory`` at the first mask update: an
             array, a pytree of them, or a function of the units and the parameters.
         seed: of the initial masks and of random growth; an int or a key.
@@ -159,7 +160,8 @@ def dynamic(
 
     def first_masks(own: Units, params: Params, key: PRNGKeyArray) -> Masks:
         if masks is not None:
-            return units_lib.expand(own, params, units_lib.living(own, params, masks))
+            given = masks(params) if callable(masks) else masks
+            return units_lib.expand(own, params, units_lib.living(own, params, given))
         if sparsity == 0.0:
             everything = [jnp.ones(group.shape, bool) for group in own.groups]
             return units_lib.expand(own, params, everything)
@@ -271,13 +273,13 @@ def _grown(
         free = [~taken for taken in barred]
         grown = event.top(grow(event), free, gains)
         return [keep | new for keep, new in zip(keeps, grown, strict=True)]
-    places = zip(keeps, barred, grow(event), event.units.groups, strict=True)
-    return [
-        event.units.choose(
-            jnp.where(keep, jnp.inf, jnp.where(taken, -jnp.inf, score)), group
-        )
-        for keep, taken, score, group in places
-    ]
+    places = zip(keeps, barred, grow(event), strict=True)
+    return event.choose(
+        [
+            jnp.where(keep, jnp.inf, jnp.where(taken, -jnp.inf, score))
+            for keep, taken, score in places
+        ]
+    )
 
 
 def _sharded_like(masks: Masks, params: Params) -> Masks:

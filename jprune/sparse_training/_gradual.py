@@ -1,14 +1,16 @@
 """Densities that fall while the network trains."""
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array, Int, PRNGKeyArray
 
 from jprune import schedules, selection
 from jprune.sparse_training import _dynamic, _rules, _timing
 from jprune.sparse_training._rules import Dropped, Event
 from jprune.types import Prunable
+from jprune.units import Units
 
 
 def gradual_magnitude(
@@ -35,7 +37,8 @@ def gradual_magnitude(
         every: the number of steps between events.
         initial: the removed fraction at the start; random weights, if it is not 0.
         prunable: see :func:`dynamic`.
-        units: see :func:`dynamic`.
+        units: see :func:`dynamic`; N:M units end at exactly n of m, and are given the
+            sparsity ``1 - n / m``.
         seed: see :func:`dynamic`.
 
     Raises:
@@ -53,17 +56,20 @@ def gradual_magnitude(
     Differs from the paper: a removed weight is 0 and does not return; the authors' code
     keeps its last value and ranks it again.
     """
-    cadence = _cubic_cadence(sparsity, initial, start=start, end=end, every=every)
+    cadence = cubic_cadence(sparsity, initial, start=start, end=end, every=every)
 
     def drop(event: Event) -> Dropped:
-        sizes = np.asarray(event.layer_sizes())
-        table = [
-            [selection.keep_count(int(n), float(cadence.sparsity(t))) for n in sizes]
-            for t in cadence.events
-        ]
-        counts = _at_event(cadence, np.asarray(table), event)
-        keeps = event.top(_rules.magnitudes(event), event.living, counts)
-        return Dropped(keeps)
+        counts = counts_at(cadence, event.layer_sizes(), event)
+        magnitudes = _rules.magnitudes(event)
+        if event.units.choose is not None:
+            _check_n_m(event.units, sparsity)
+            # What is to live in the end is never dropped on the way there.
+            last = event.choose(magnitudes)
+            magnitudes = [
+                jnp.where(stays, jnp.inf, magnitude)
+                for stays, magnitude in zip(last, magnitudes, strict=True)
+            ]
+        return Dropped(event.top(magnitudes, event.living, counts))
 
     return _dynamic.dynamic(
         initial,
@@ -126,17 +132,12 @@ def granet(
     Differs from the paper: random masks have exact counts, where the authors' code
     draws each weight on its own; masks are updated before the gradient step.
     """
-    cadence = _cubic_cadence(sparsity, initial, start=start, end=end, every=every)
+    cadence = cubic_cadence(sparsity, initial, start=start, end=end, every=every)
     due = _timing.every(every, start=start, end=steps)
 
     def drop(event: Event) -> Dropped:
-        size = int(np.sum(event.layer_sizes()))
-        table = [
-            selection.keep_count(size, float(cadence.sparsity(t)))
-            for t in cadence.events
-        ]
         magnitudes = _rules.magnitudes(event)
-        total = _at_event(cadence, np.asarray(table), event)
+        (total,) = counts_at(cadence, [sum(event.layer_sizes())], event)
         left = event.top_of_all(magnitudes, event.living, total)
         counts = event.counts(left)
         regenerated = jnp.ceil(event.fraction * counts).astype(counts.dtype)
@@ -156,17 +157,31 @@ def granet(
     )
 
 
-def _cubic_cadence(
+def cubic_cadence(
     sparsity: float, initial: float, *, start: int, end: int, every: int
 ) -> schedules.Cadence:
+    """Returns the events from start to end along a cubic schedule."""
     if end <= start:
         raise ValueError(f"end: {end} is not after the start {start}")
     cubic = schedules.cubic(sparsity, steps=end - start, start=start, initial=initial)
     return schedules.cadence(cubic, every=every, end=end, start=start)
 
 
-def _at_event(cadence: schedules.Cadence, table: np.ndarray, event: Event) -> Array:
-    """Returns the row of a table of exact counts that is in force at an event."""
+def counts_at(
+    cadence: schedules.Cadence, sizes: Sequence[int], event: Event
+) -> Int[Array, " sizes"]:
+    """Returns how many of so many units live at an event, exact as on the host."""
+    table = [
+        [selection.keep_count(n, float(cadence.sparsity(t))) for n in sizes]
+        for t in cadence.events
+    ]
     steps = jnp.asarray(cadence.events, jnp.int32)
     row = jnp.searchsorted(steps, event.step, side="right") - 1
     return jnp.asarray(table, jnp.int32)[row]
+
+
+def _check_n_m(units: Units, sparsity: float) -> None:
+    if units.density is not None and abs(1 - sparsity - units.density) > 1e-9:
+        raise ValueError(
+            f"sparsity: {sparsity} is not that of the units, {1 - units.density}"
+        )

@@ -45,6 +45,15 @@ class Event(NamedTuple):
         groups = zip(self.units.groups, values, strict=True)
         return [group.pool(value, self.units.how) for group, value in groups]
 
+    def choose(self, scores: Sequence[Array]) -> list[Array]:
+        """Returns what N:M units keep, by scores of the units."""
+        if self.units.choose is None:
+            raise ValueError(
+                "units: they choose nothing by themselves, as N:M units do"
+            )
+        groups = zip(scores, self.units.groups, strict=True)
+        return [self.units.choose(score, group) for score, group in groups]
+
     def layer_sizes(self) -> list[int]:
         """Returns the number of units in each layer."""
         sizes = []
@@ -53,27 +62,44 @@ class Event(NamedTuple):
             sizes += [math.prod(group.shape) // max(depth, 1)] * depth
         return sizes
 
+    def sums(self, values: Sequence[Array]) -> Real[Array, " layers"]:
+        """Returns the sum over the units of each layer."""
+        found = []
+        for value, axis in zip(values, self.stacks, strict=True):
+            others = tuple(i for i in range(value.ndim) if i != axis)
+            found.append(jnp.sum(value, axis=others).ravel())
+        return jnp.concatenate(found)
+
+    def along(self, values: Real[Array, " layers"]) -> list[Array]:
+        """Returns the values of layers, to broadcast against units."""
+        spread, start = [], 0
+        for group, axis in zip(self.units.groups, self.stacks, strict=True):
+            depth = 1 if axis is None else group.shape[axis]
+            shape = [depth if a == axis else 1 for a in range(len(group.shape))]
+            spread.append(values[start : start + depth].reshape(shape))
+            start += depth
+        return spread
+
     def counts(self, hits: Sequence[Bool[Array, "..."]]) -> Int[Array, " layers"]:
         """Returns how many units are hit in each layer."""
-        found = []
-        for hit, axis in zip(hits, self.stacks, strict=True):
-            others = tuple(i for i in range(hit.ndim) if i != axis)
-            found.append(jnp.sum(hit, axis=others, dtype=jnp.int32).ravel())
-        return jnp.concatenate(found)
+        return self.sums([hit.astype(jnp.int32) for hit in hits])
 
     def top(
         self,
         scores: Sequence[Array],
-        among: Sequence[Array],
+        among: Sequence[Array] | None,
         counts: Int[Array, " layers"],
     ) -> list[Array]:
-        """Returns the units with the largest scores in each layer, among some."""
+        """Returns the units with the largest scores in each layer, of some or all."""
         return selection.select(_among(scores, among), counts, stacks=self.stacks)
 
     def top_of_all(
-        self, scores: Sequence[Array], among: Sequence[Array], count: Int[Array, ""]
+        self,
+        scores: Sequence[Array],
+        among: Sequence[Array] | None,
+        count: Int[Array, ""],
     ) -> list[Array]:
-        """Returns the units with the largest scores of all layers, among some."""
+        """Returns the units with the largest scores of all layers, of some or all."""
         return selection.select(_among(scores, among), count[None], together=True)
 
 
@@ -91,7 +117,9 @@ class Dropped(NamedTuple):
     memory: Any = ()
 
 
-def _among(scores: Sequence[Array], among: Sequence[Array]) -> list[Array]:
+def _among(scores: Sequence[Array], among: Sequence[Array] | None) -> list[Array]:
+    if among is None:
+        return list(scores)
     # NaN ranks below every score, so the others are not chosen.
     pairs = zip(scores, among, strict=True)
     return [jnp.where(some, score, jnp.nan) for score, some in pairs]
@@ -108,6 +136,12 @@ def magnitudes(event: Event) -> list[Array]:
     return event.pool([jnp.abs(w) for w in event.weights])
 
 
+def sensitivities(event: Event) -> list[Array]:
+    """Returns what the removal of units changes the loss by, to first order."""
+    pairs = zip(event.weights, event.grads, strict=True)
+    return event.pool([jnp.abs(w * g) for w, g in pairs])
+
+
 def replaced(event: Event, keeps: list[Array]) -> Dropped:
     """Lets every layer gain as many units as it lost."""
     return Dropped(keeps, event.counts(event.living) - event.counts(keeps))
@@ -116,6 +150,12 @@ def replaced(event: Event, keeps: list[Array]) -> Dropped:
 def smallest(event: Event) -> Dropped:
     """Drops the fraction of each layer with the smallest magnitude, rounded down."""
     keeps = event.top(magnitudes(event), event.living, layers_kept(event))
+    return replaced(event, keeps)
+
+
+def least_sensitive(event: Event) -> Dropped:
+    """Drops the fraction of each layer with the smallest ``|w g|``, rounded down."""
+    keeps = event.top(sensitivities(event), event.living, layers_kept(event))
     return replaced(event, keeps)
 
 

@@ -390,6 +390,45 @@ def compilation() -> Iterator[Row]:
         prune = functools.partial(jprune.prune, scores)
         yield _compilation(f"compilation of prune, {name}", prune, bound)
 
+    yield from _sparse_compilations()
+
+
+def _sparse_compilations() -> Iterator[Row]:
+    """What masks in the optimiser add to the compilation of a training step."""
+    methods = {
+        "RigL": functools.partial(jprune.rigl, 0.9),
+        "SET": functools.partial(jprune.set_, 0.9, every=100),
+    }
+    adam = optax.adam(1e-3)
+    txs = {"dense": adam} | _sparse_chains(methods, adam)
+    task = _toy_task(_models.MLP(hidden=(880, 340)), (784,))
+    params, state = task.init(jax.random.key(0))
+    batch = jax.tree.map(jnp.asarray, dict(task.streams["train"]))
+    kernels = resnet50_kernels()
+
+    def step(tx):
+        carry = params, state, tx.init(params)
+        return jax.jit(_dense_step(task, tx)), (carry, batch, jax.random.key(1))
+
+    def update(tx):
+        return jax.jit(tx.update), (kernels, tx.init(kernels), kernels)
+
+    for name, program, bound in (
+        ("a step, MLP", step, 3),
+        ("an update, ResNet-50", update, 20),
+    ):
+        times = {which: _compile_time(*program(tx)) for which, tx in txs.items()}
+        for which in methods:
+            wall, cpu = np.subtract(times[which], times["dense"])
+            label = f"compilation of {name}: {which} less dense"
+            yield Row(label, float(wall), float(cpu), bound, unit="s")
+
+
+def _compile_time(function: Any, args: tuple) -> Times:
+    wall, cpu = time.perf_counter(), time.process_time()
+    function.lower(*args).compile()
+    return Times(time.perf_counter() - wall, time.process_time() - cpu)
+
 
 def _compilation(name: str, call: Callable[[float], Any], bound: float) -> Row:
     # The second call, at another sparsity, is what was not compilation.

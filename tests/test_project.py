@@ -61,6 +61,14 @@ def readme_programs():
     return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
+def test_code_of_the_guide_to_sparse_training_runs():
+    text = (ROOT / "docs" / "sparse_training.md").read_text()
+    programs = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(programs) >= 5
+    # The programs of the page go on where the last one ended.
+    exec(compile("\n".join(programs), "docs/sparse_training.md", "exec"), {})
+
+
 @pytest.mark.parametrize("number", range(len(readme_programs())))
 def test_code_of_the_readme_runs(number):
     exec(compile(readme_programs()[number], f"README.md#{number}", "exec"), {})

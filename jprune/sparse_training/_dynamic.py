@@ -129,7 +129,8 @@ def dynamic(
         # An array of its own: the same buffer twice in a state could not be donated.
         return is_due(step) if hold else None
 
-    def at_step(state: _state.MaskState, step: Array) -> _state.MaskState:
+    def at_step(state: _state.MaskState, step: Any) -> _state.MaskState:
+        step = jnp.asarray(step)
         return state._replace(
             step=step, due_next=is_due(step), hold_next=next_hold(step)
         )
@@ -198,6 +199,7 @@ def dynamic(
         masks, visited, refused, memory = carry
         event = event_of(masks, step, key, params, grads, memory)
         keeps, gains, remembered = drop(event)
+        remembered = memory if remembered is None else remembered
         chosen = _grown(event, keeps, gains, grow, regrow=regrow)
         new = units_lib.expand(event.units, params, chosen)
         finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(g)) for g in event.grads]))
@@ -211,13 +213,13 @@ def dynamic(
     def tracked(memory: Any, params: Params, grads: optax.Updates) -> Any:
         return track(memory, _floats(units_of(params), grads)) if track else memory
 
-    def emitted(grads: optax.Updates, state: _state.MaskState, params: Params) -> Any:
+    def emitted(
+        grads: optax.Updates, state: _state.MaskState, step: Array, params: Params
+    ) -> Any:
         if emit is None:
             dense = storage in (Storage.LATENT, Storage.SOFT)
             return grads if dense else _clear(grads, state.masks)
-        event = event_of(
-            state.masks, state.step, state.key, params, grads, state.memory
-        )
+        event = event_of(state.masks, step, state.key, params, grads, state.memory)
         places = [group.leaf.place for group in event.units.groups]
         flat = jax.tree.leaves(grads)
         new = {
@@ -239,14 +241,14 @@ def dynamic(
             )
         if isinstance(state, _state.Settled):
             state, counted = state
-            new = emitted(updates, state, params)
-            step = jnp.where(counted, state.step, optax.safe_increment(state.step))
+            step = jnp.where(counted, state.step - 1, state.step)
+            new = emitted(updates, state, step, params)
             memory = jax.tree.map(
                 functools.partial(jnp.where, counted),
                 state.memory,
                 tracked(state.memory, params, updates),
             )
-            state = at_step(state._replace(memory=memory), step)
+            state = at_step(state._replace(memory=memory), optax.safe_increment(step))
             return new, _state.Settled(state, counted)
         memory = tracked(state.memory, params, updates)
         state = state._replace(memory=memory)
@@ -254,10 +256,9 @@ def dynamic(
         carry = update_when_due(
             is_due(state.step), carry, state.step, state.key, params, updates
         )
-        step = jnp.asarray(optax.safe_increment(state.step))
         state = state._replace(**carry._asdict())
-        new = emitted(updates, state, params)
-        return new, at_step(state, step)
+        new = emitted(updates, state, state.step, params)
+        return new, at_step(state, optax.safe_increment(state.step))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

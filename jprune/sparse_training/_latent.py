@@ -214,7 +214,7 @@ def dynamic_network_surgery(
             jnp.where(alive, m >= (1 - margin) * at, m >= (1 + margin) * at)
             for m, alive, at in parts
         ]
-        return Dropped(keeps, memory=event.memory)
+        return Dropped(keeps)
 
     return _dynamic.dynamic(
         0.0,

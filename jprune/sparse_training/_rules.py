@@ -109,12 +109,12 @@ class Dropped(NamedTuple):
     Attributes:
         keeps: which units stay, in the groups' shapes.
         gains: how many units each layer is to grow; None if nothing grows.
-        memory: what the rule is to see at the next update.
+        memory: what the rule is to see at the next update; as it was if None.
     """
 
     keeps: list[Array]
     gains: Int[Array, " layers"] | None = None
-    memory: Any = ()
+    memory: Any = None
 
 
 def _among(scores: Sequence[Array], among: Sequence[Array] | None) -> list[Array]:

@@ -85,7 +85,7 @@ def snfs(
         room = jnp.asarray(event.layer_sizes(), living.dtype) - event.counts(keeps)
         total = jnp.sum(living - event.counts(keeps), dtype=room.dtype)
         gains = _rules.shares(total, totals / jnp.maximum(living, 1), room)
-        return Dropped(keeps, gains, event.memory)
+        return Dropped(keeps, gains)
 
     def grow(event: Event) -> list[Array]:
         return event.pool([jnp.abs(m) for m in event.memory])

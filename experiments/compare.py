@@ -288,6 +288,10 @@ def _run(
         done = len(wanted) - len(left)
         text = f"{done} of {len(wanted)} runs are in {workdir / results.FILE}"
         console.print(text, soft_wrap=True)
+        kept = [r for r in records if results.identity(r["config"]) in wanted]
+        if others := results.of_other_code(kept):
+            text = f"some of them were made by other code: {', '.join(others)}"
+            console.print(f"{text}; another --workdir makes all anew", soft_wrap=True)
     with (
         deferred_interrupt() as check,
         progress(console, len(left), plan[0]["epochs"]) as shown,

@@ -176,6 +176,17 @@ def provenance() -> Record:
     }
 
 
+def of_other_code(records: Sequence[Record]) -> list[str]:
+    """Returns the revisions that made some of the records, other than this one.
+
+    Where no revision is known, nothing is said; a revision with changes on top is none
+    that could be told from itself.
+    """
+    here = provenance()["git"]
+    found = {record["git"]["revision"] for record in records if record.get("git")}
+    return sorted(found - {here["revision"]}) if here else []
+
+
 def _git(directory: pathlib.Path) -> Record | None:
     revision = _output("git", "-C", str(directory), "rev-parse", "HEAD")
     if revision is None:

@@ -366,3 +366,18 @@ def test_the_binary_stops_at_a_workdir_that_cannot_be_used(main, tmp_path):
     (tmp_path / results.FILE).write_text("{}\n{}\n")
     code, _ = main(f"--workdir={tmp_path}")
     assert "results.jsonl, line 1: not a result" in code
+
+
+def test_runs_of_other_code_are_pointed_out(main, whole, tmp_path, monkeypatch):
+    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
+    here = {"revision": "now", "dirty": False}
+    monkeypatch.setattr(results, "provenance", lambda: {"versions": {}, "git": here})
+    path = tmp_path / results.FILE
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for revision, expected in (("before", True), ("now", False)):
+        made = [line | {"git": {"revision": revision}} for line in lines]
+        path.write_text("".join(json.dumps(line) + "\n" for line in made))
+        arguments = f"--workdir={tmp_path}", "--methods=random", "--sparsities=0.5"
+        code, text = main(*arguments)
+        assert code == 0
+        assert ("made by other code: before" in text) == expected

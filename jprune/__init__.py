@@ -16,6 +16,7 @@ from jprune import (
     scores,
     selection,
     sparse_training,
+    tracing,
     trees,
     types,
     units,
@@ -46,6 +47,7 @@ from jprune.sparse_training import (
     straight_through,
     top_kast,
 )
+from jprune.tracing import couplings, shrink
 
 __version__ = "0.1.0"
 
@@ -54,6 +56,7 @@ __all__ = [
     "allocation",
     "apply_masks",
     "check",
+    "couplings",
     "deep_r",
     "dpf",
     "dsr",
@@ -74,6 +77,7 @@ __all__ = [
     "selection",
     "set_",
     "set_itop",
+    "shrink",
     "snfs",
     "soft_filter",
     "sparse",
@@ -82,6 +86,7 @@ __all__ = [
     "static",
     "straight_through",
     "top_kast",
+    "tracing",
     "trees",
     "types",
     "units",

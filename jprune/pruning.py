@@ -54,7 +54,8 @@ def prune(
     going to the lower index.
 
     Args:
-        scores: real scores with the structure of the parameters; larger = keep.
+        scores: real scores with the structure of the parameters; larger = keep. With
+            ``units`` they may be in unit space: a list with one array for each group.
         sparsity: the fraction of the prunable units to remove, in [0, 1), also when
             ``within`` restricts who may survive; or a table of path patterns to
             sparsities, of which the first match decides.
@@ -74,8 +75,9 @@ def prune(
 
     Raises:
         ValueError: a sparsity outside [0, 1), none or two budgets given, nothing
-            prunable, a pattern that matches nothing, a budget out of reach, NaN scores
-            (under ``jit`` they rank lowest instead), or masks that do not fit.
+            prunable, a pattern that matches nothing, a budget out of reach (also of
+            the ``units.least`` that survive in each group), NaN scores (under ``jit``
+            they rank lowest instead), or masks that do not fit.
 
     Example:
         >>> kernel = jnp.array([[3.0, 1.0], [2.0, 4.0]])
@@ -85,22 +87,29 @@ def prune(
                [False,  True]], dtype=bool)}
     """
     units = _resolve(units, scores, prunable)
-    selection.check_no_nan([_leaf_of(scores, group) for group in units.groups])
+    in_unit_space = _in_unit_space(units, scores)
+    tree = units.tree if in_unit_space else scores
+    leaves = _named(units, scores) if in_unit_space else _leaves_of(units, scores)
+    selection.check_no_nan(leaves)
     if units.choose is not None:
         _check_no_budget(sparsity, keep, allocation)
-        keeps = [units.choose(_leaf_of(scores, g).value, g) for g in units.groups]
-        return _expand(units, scores, keeps, within)
+        pairs = zip(leaves, units.groups, strict=True)
+        keeps = [units.choose(leaf.value, group) for leaf, group in pairs]
+        return _expand(units, tree, keeps, within)
     plan = _plan(units, allocation, sparsity)
     if isinstance(keep, jax.Array):
         counts = _traced_counts(plan, sparsity, keep)
     else:
         counts = _counts(plan, _budget(plan, sparsity, keep))
-    pooled = units_lib.pool(units, scores)
-    living = None if within is None else units_lib.living(units, scores, within)
+    if in_unit_space:
+        pooled = [jnp.asarray(leaf.value) for leaf in leaves]
+    else:
+        pooled = units_lib.pool(units, scores)
+    living = None if within is None else units_lib.living(units, tree, within)
     if living is not None:
         _check_room(units, plan, counts, living)
     keeps = _choose(pooled, living, jnp.asarray(counts), _floors(plan), **_static(plan))
-    return _expand(units, scores, keeps, within)
+    return _expand(units, tree, keeps, within)
 
 
 def prune_iteratively(
@@ -266,6 +275,7 @@ class _Plan(NamedTuple):
     layers: tuple[Layer, ...]
     stacks: tuple[int | None, ...]
     allocation: Allocation
+    least: int
 
     @property
     def size(self) -> int:
@@ -311,9 +321,10 @@ def _plan(
         rest = shape[:axis] + shape[axis + 1 :]
         layout = group.layout.replace("L", "")
         layers += [Layer(f"{path}[{i}]", rest, size, layout) for i in range(depth)]
-    return _Plan(
-        tuple(layers), tuple(stacks), allocation or allocation_lib.global_threshold()
-    )
+    allocation = allocation or allocation_lib.global_threshold()
+    if units.least and allocation.budget is None:
+        allocation = allocation_lib.with_floor(allocation, units.least)
+    return _Plan(tuple(layers), tuple(stacks), allocation, units.least)
 
 
 def _static(plan: _Plan) -> dict[str, Any]:
@@ -348,7 +359,19 @@ def _budget(plan: _Plan, sparsity: Sparsity | None, keep: int | None) -> int:
 def _counts(plan: _Plan, budget: int) -> np.ndarray:
     if not 0 <= budget <= plan.size:
         raise ValueError(f"keep: {budget} of {plan.size} units cannot survive")
-    return plan.allocation.counts(plan.layers, budget)
+    counts = plan.allocation.counts(plan.layers, budget)
+    if plan.allocation.budget is not None:
+        _check_least(plan, counts)
+    return counts
+
+
+def _check_least(plan: _Plan, counts: np.ndarray) -> None:
+    for layer, count in zip(plan.layers, counts.tolist(), strict=True):
+        if count < min(plan.least, layer.size):
+            raise ValueError(
+                f"sparsity: the table leaves {count} of {layer.size} units of "
+                f"{layer.path!r}, but {plan.least} must survive"
+            )
 
 
 def _traced_counts(plan: _Plan, sparsity: Sparsity | None, keep: Array) -> Array:
@@ -438,9 +461,23 @@ def _check_batches(batch: Batch, batches: Batch, rounds: int) -> None:
             )
 
 
-def _leaf_of(tree: PyTree, group: units_lib.Group) -> trees.Leaf:
+def _leaves_of(units: Units, tree: PyTree) -> list[trees.Leaf]:
     leaves = jax.tree.leaves(tree)
-    return group.leaf._replace(value=leaves[group.leaf.place])
+    return [leaf._replace(value=leaves[leaf.place]) for leaf in units.leaves]
+
+
+def _in_unit_space(units: Units, scores: Any) -> bool:
+    if units.tree is None or not isinstance(scores, list | tuple):
+        return False
+    if jax.tree.structure(scores) == jax.tree.structure(units.tree):
+        return False
+    found = [np.shape(score) for score in jax.tree.leaves(scores)]
+    return found == [group.shape for group in units.groups]
+
+
+def _named(units: Units, scores: Sequence[Array]) -> list[trees.Leaf]:
+    pairs = zip(units.groups, scores, strict=True)
+    return [group.leaf._replace(value=score) for group, score in pairs]
 
 
 def _expand(

@@ -81,6 +81,21 @@ def replace_leaves(tree: PyTree, values: Mapping[int, T], default: Any) -> PyTre
     return jax.tree.unflatten(treedef, new)
 
 
+def shapes_of(tree: PyTree) -> PyTree:
+    """Returns the tree with ``ShapeDtypeStruct`` in the place of its arrays.
+
+    Example:
+        >>> shapes_of({"kernel": jnp.ones((3, 2))})
+        {'kernel': ShapeDtypeStruct(shape=(3, 2), dtype=float32)}
+    """
+
+    def struct(leaf: Any) -> Any:
+        dtype = getattr(leaf, "dtype", None)
+        return leaf if dtype is None else jax.ShapeDtypeStruct(np.shape(leaf), dtype)
+
+    return jax.tree.map(struct, tree)
+
+
 def is_inexact(leaf: Any) -> bool:
     """Whether ``leaf`` is a floating or complex array (so not a PRNG key).
 

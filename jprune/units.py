@@ -37,58 +37,36 @@ Units of unequal sizes, as ragged blocks and layers are, default to the mean.
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array, ArrayLike, Bool, PyTree
 
 from jprune import _tiles, layouts, trees
 from jprune import masks as masks_lib
+from jprune._groups import Group, Member, Pinned, Units
 from jprune.types import Layouts, Masks, Params, Prunable, Scores
 
-
-class Group(NamedTuple):
-    """The removable units of one leaf.
-
-    Attributes:
-        leaf: its index and path in the tree; the value is a ``ShapeDtypeStruct``.
-        layout: one letter an axis.
-        shape: the shape of the unit scores: 1 for an axis taken as a whole, the number
-            of blocks (rounded up) for one cut into blocks, and full for the others.
-        pool: ``(scores of the leaf, how) -> unit scores`` of ``shape``.
-        expand: bool ``shape`` -> mask of the leaf, every axis 1 or full.
-        sizes: int64, the entries of the leaf in each unit; broadcasts to ``shape``.
-    """
-
-    leaf: trees.Leaf
-    layout: str
-    shape: tuple[int, ...]
-    pool: Callable[[Array, str], Array]
-    expand: Callable[[Array], Array]
-    sizes: np.ndarray
-
-    @property
-    def stack(self) -> int | None:
-        """The axis of the stack of layers, or None."""
-        return next(iter(layouts.axes_of(self.layout, "L")), None)
-
-
-class Units(NamedTuple):
-    """The removable units of a tree.
-
-    Attributes:
-        groups: one for each prunable leaf, in flattening order.
-        how: how the scores of a unit's entries are pooled.
-        choose: ``(scores of the leaf, group) -> keep``, where survivors are chosen
-            inside fixed groups, whatever the budget (N:M); or None.
-    """
-
-    groups: tuple[Group, ...]
-    how: str
-    choose: Callable[[Array, Group], Array] | None = None
-    density: float | None = None
+__all__ = [
+    "Group",
+    "Member",
+    "Pinned",
+    "Units",
+    "blocks",
+    "expand",
+    "filters",
+    "input_channels",
+    "kernels",
+    "layers",
+    "living",
+    "n_m",
+    "pool",
+    "pool_leaves",
+    "rows",
+    "shape_columns",
+    "stripes",
+    "weights",
+]
 
 
 def pool(units: Units, scores: Scores) -> list[Array]:
@@ -112,16 +90,30 @@ def pool(units: Units, scores: Scores) -> list[Array]:
         [Array([[4., 7.]], dtype=float32)]
     """
     found = {leaf.place: leaf for leaf in trees.leaves_of(scores)}
-    pooled = []
-    for group in units.groups:
-        expected, leaf = group.leaf, found.get(group.leaf.place)
+    for expected in units.leaves:
+        leaf = found.get(expected.place)
         if leaf is None or (leaf.path, leaf.shape) != (expected.path, expected.shape):
             raise ValueError(
                 f"scores: {leaf and (leaf.path, leaf.shape)} stands where the leaf "
                 f"{expected.path!r} of shape {expected.shape} is expected"
             )
-        pooled.append(group.pool(jnp.asarray(leaf.value), units.how))
-    return pooled
+    return pool_leaves(units, [found[leaf.place].value for leaf in units.leaves])
+
+
+def pool_leaves(units: Units, values: Sequence[ArrayLike]) -> list[Array]:
+    """Returns the scores of all units from those of ``units.leaves``, one each.
+
+    Example:
+        >>> kernel = jnp.array([[1.0, 2.0], [3.0, 5.0]])
+        >>> pool_leaves(filters([kernel]), [kernel])
+        [Array([[4., 7.]], dtype=float32)]
+    """
+    places = [leaf.place for leaf in units.leaves]
+    found = dict(zip(places, map(jnp.asarray, values), strict=True))
+    return [
+        group.pool([found[leaf.place] for leaf in group.leaves], units.how)
+        for group in units.groups
+    ]
 
 
 def expand(units: Units, tree: PyTree, keeps: Sequence[Bool[Array, "..."]]) -> Masks:
@@ -148,14 +140,17 @@ def expand(units: Units, tree: PyTree, keeps: Sequence[Bool[Array, "..."]]) -> M
         raise ValueError(
             f"keeps: {len(keeps)} decisions for {len(units.groups)} groups of units"
         )
-    found = {}
+    found: dict[int, Array] = {}
     for group, keep in zip(units.groups, keeps, strict=True):
         if keep.shape != group.shape:
             raise ValueError(
                 f"keeps: the units of {group.leaf.path!r} have shape {group.shape}, "
                 f"the decision {keep.shape}"
             )
-        found[group.leaf.place] = group.expand(keep)
+        for leaf, mask in zip(group.leaves, group.expand(keep), strict=True):
+            # Two groups meet at the two sides of a kernel.
+            other = found.get(leaf.place)
+            found[leaf.place] = mask if other is None else mask & other
     return trees.replace_leaves(tree, found, masks_lib.never_pruned())
 
 
@@ -181,16 +176,11 @@ def living(units: Units, tree: PyTree, masks: Masks) -> list[Bool[Array, "..."]]
     """
     masks_lib.check(masks, tree)
     found = jax.tree.leaves(masks)
-    return [
-        group.pool(
-            jnp.broadcast_to(found[group.leaf.place], group.leaf.shape).astype(
-                jnp.float32
-            ),
-            "max",
-        )
-        > 0
-        for group in units.groups
+    spread = [
+        jnp.broadcast_to(found[leaf.place], leaf.shape).astype(jnp.float32)
+        for leaf in units.leaves
     ]
+    return [alive > 0 for alive in pool_leaves(units._replace(how="max"), spread)]
 
 
 def weights(
@@ -405,7 +395,7 @@ def blocks(
         )
         for own, leaf in zip(chosen, leaves, strict=True)
     ]
-    return _tiled(leaves, chosen, tiles, how)
+    return _tiled(params, leaves, chosen, tiles, how)
 
 
 def n_m(
@@ -484,10 +474,11 @@ def _grid(
         )
         for own, leaf in zip(chosen, leaves, strict=True)
     ]
-    return _tiled(leaves, chosen, tiles, how)
+    return _tiled(params, leaves, chosen, tiles, how)
 
 
 def _tiled(
+    params: Params,
     leaves: Sequence[trees.Leaf],
     chosen: Sequence[str],
     tiles: Sequence[_tiles.Tile],
@@ -499,29 +490,40 @@ def _tiled(
         _group(leaf, own, tuple(max(size, 1) for size in tile))
         for leaf, own, tile in zip(leaves, chosen, tiles, strict=True)
     )
-    return Units(groups, how)
+    return Units(groups, how, tree=trees.shapes_of(params))
 
 
 def _group(leaf: trees.Leaf, layout: str, tile: _tiles.Tile) -> Group:
     # The array itself is not kept alive by its units.
     shape, value = leaf.shape, jax.ShapeDtypeStruct(leaf.shape, leaf.value.dtype)
     if all(size == 1 for size in tile):
-        pool_leaf, expand_leaf = _pool_single, lambda keep: keep
+        pool_leaf, expand_leaf = _pool_single, lambda keep: [keep]
     else:
-        pool_leaf = functools.partial(_tiles.pool, tile=tile)
-        expand_leaf = functools.partial(_tiles.expand, shape=shape, tile=tile)
+        pool_leaf = functools.partial(_pool_tiles, tile=tile)
+        expand_leaf = functools.partial(_expand_tiles, shape=shape, tile=tile)
     return Group(
-        leaf=trees.Leaf(leaf.place, leaf.path, value),
+        leaves=(trees.Leaf(leaf.place, leaf.path, value),),
         layout=layout,
         shape=_tiles.shape_of(shape, tile),
         pool=pool_leaf,
         expand=expand_leaf,
         sizes=_tiles.sizes(shape, tile),
+        stack=next(iter(layouts.axes_of(layout, "L")), None),
     )
 
 
-def _pool_single(scores: Array, how: str) -> Array:
-    return jnp.abs(scores) if how in ("l1", "l2") else scores
+def _pool_single(scores: Sequence[Array], how: str) -> Array:
+    return jnp.abs(scores[0]) if how in ("l1", "l2") else scores[0]
+
+
+def _pool_tiles(scores: Sequence[Array], how: str, tile: _tiles.Tile) -> Array:
+    return _tiles.pool(scores[0], how, tile)
+
+
+def _expand_tiles(
+    keep: Bool[Array, "..."], shape: tuple[int, ...], tile: _tiles.Tile
+) -> list[Array]:
+    return [_tiles.expand(keep, shape, tile)]
 
 
 def _inputs(layout: str) -> str:

@@ -318,7 +318,7 @@ def _floats(units: Units, tree: Any) -> list[Array]:
     leaves = jax.tree.leaves(tree)
     return [
         jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32))
-        for x in (leaves[group.leaf.place] for group in units.groups)
+        for x in (leaves[leaf.place] for leaf in units.leaves)
     ]
 
 

@@ -9,18 +9,22 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Real
 
 from jprune import selection
+from jprune import units as units_lib
 from jprune.units import Units
 
 
 class Event(NamedTuple):
-    """What the rules of a mask update see; lists have one entry a group of units.
+    """What the rules of a mask update see.
+
+    Values of entries have one array a leaf of the units, and values of units one a
+    group of them.
 
     Attributes:
         step: the number of updates before this one.
         key: a fresh key.
         fraction: of the living units, how many to drop.
         units: the units.
-        weights: the parameters, in float32 at least, with their own shapes.
+        weights: the leaves of the units, in float32 at least.
         grads: the gradients, likewise.
         living: which units live, in the groups' shapes.
         memory: what the drop rule has left at the last update.
@@ -42,8 +46,7 @@ class Event(NamedTuple):
 
     def pool(self, values: Sequence[Array]) -> list[Array]:
         """Returns values of entries pooled to units."""
-        groups = zip(self.units.groups, values, strict=True)
-        return [group.pool(value, self.units.how) for group, value in groups]
+        return units_lib.pool_leaves(self.units, values)
 
     def choose(self, scores: Sequence[Array]) -> list[Array]:
         """Returns what N:M units keep, by scores of the units."""

@@ -1,0 +1,30 @@
+"""What a network is, read from its jaxpr: couplings of channels, and shrinking.
+
+The only code that reads jaxprs. A function of JAX is traced and interpreted with one
+table of rules for primitives, so no model needs hooks or annotations::
+
+    units = jprune.couplings(apply_fn, params, x)
+    print(jprune.tracing.summary(units))
+    masks = jprune.prune(scores, 0.5, units=units)
+    small_apply_fn, small_params = jprune.shrink(apply_fn, params, masks, x)
+"""
+
+from jprune.tracing import (
+    _rules_contraction,
+    _rules_control,
+    _rules_elementwise,
+    _rules_index,
+    _rules_layout,
+)
+from jprune.tracing._couplings import couplings, summary
+from jprune.tracing._shrink import Shrunk, shrink
+
+__all__ = ["Shrunk", "couplings", "shrink", "summary"]
+
+del (
+    _rules_contraction,
+    _rules_control,
+    _rules_elementwise,
+    _rules_index,
+    _rules_layout,
+)

@@ -8,7 +8,16 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from jprune.tracing._values import FIXED, Dim, Fixed, Free, Labels, Value, spread
+from jprune.tracing._values import (
+    FIXED,
+    Dim,
+    Fixed,
+    Free,
+    Labels,
+    Value,
+    is_one,
+    spread,
+)
 
 
 class Graph:
@@ -68,7 +77,8 @@ class Graph:
         """Ties labels that vary along several axes along one of them.
 
         That is the first axis whose positions share no label, so that attention heads
-        and the groups of a norm come out as units.
+        and the groups of a norm come out as units. Of preferred axes, positions may
+        also share all their labels, as when heads are repeated.
 
         Args:
             value: any value.
@@ -83,7 +93,7 @@ class Graph:
             place = joint.axes.index(axis)
             classes = np.moveaxis(joint.ids, place, 0)
             classes = classes.reshape(classes.shape[0], -1)
-            if _are_disjoint(classes):
+            if _are_disjoint(classes, repeated=axis in first):
                 for column in range(1, classes.shape[1]):
                     self.join(classes[:, 0], classes[:, column])
                 rows = np.moveaxis(joint.background, place, 0).reshape(classes.shape)
@@ -99,7 +109,8 @@ class Graph:
         """Joins the dimensions of values of one shape.
 
         Args:
-            values: values without joints, of one shape or of rank 0.
+            values: values without joints, of one shape, up to sizes of 1 that
+                broadcast, or of rank 0.
             reason: of a pin where labels meet a fixed dimension.
             skip: axes to leave alone.
 
@@ -110,7 +121,9 @@ class Graph:
         ranked = [value for value in values if value.shape]
         common: list[np.ndarray | Dim] = []
         for axis in range(len(ranked[0].shape) if ranked else 0):
-            dims = [value.dims[axis] for value in ranked]
+            # What has size 1 where others have not is broadcast.
+            wide = [value for value in ranked if not is_one(value.shape[axis])]
+            dims = [value.dims[axis] for value in wide or ranked]
             ids = [dim.ids for dim in dims if isinstance(dim, Labels)]
             if axis in skip or not any(isinstance(dim, Labels | Fixed) for dim in dims):
                 common.append(dims[0])
@@ -154,8 +167,12 @@ def _cut(value: Value, common: Sequence[np.ndarray | Dim]) -> Value:
     return value
 
 
-def _are_disjoint(classes: np.ndarray) -> bool:
-    """Whether no label stands in two rows."""
+def _are_disjoint(classes: np.ndarray, repeated: bool) -> bool:
+    """Whether no label stands in two rows, or none in two that differ."""
+    if repeated:
+        classes = np.unique(np.sort(classes, axis=1), axis=0)
+        if len(classes) == 1:
+            return False
     _, places = np.unique(classes, return_inverse=True)
     rows = np.broadcast_to(np.arange(len(classes))[:, None], classes.shape).ravel()
     places = places.ravel()

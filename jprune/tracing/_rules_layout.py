@@ -32,7 +32,7 @@ Index = np.ndarray | None  # the operand's position for each of the result's; No
 def moved(aval: Any, value: Value, axes: Sequence[int | None], new: Dim) -> Value:
     """Returns a value whose axis i is the operand's ``axes[i]``, or ``new`` if None."""
     dims = tuple(
-        new if axis is None else value.dims[axis]
+        value.dims[axis] if axis is not None else FIXED if _values.is_one(n) else new
         for axis, n in zip(axes, aval.shape, strict=True)
     )
     out = Value(aval, dims)
@@ -261,7 +261,9 @@ def concatenate(graph: Graph, eqn: JaxprEqn, *values: Value) -> Passed:
     reason = "a concatenation pairs it with a dimension that is fixed"
     used, kinds = graph.align(values, reason, skip=[axis])
     dims = [
-        same_background(kind, [value.along(i) for value in used])
+        FIXED
+        if i == axis
+        else same_background(kind, [value.along(i) for value in used])
         for i, kind in enumerate(kinds)
     ]
     pieces = [value.dims[axis] for value in used]
@@ -278,9 +280,7 @@ def concatenate(graph: Graph, eqn: JaxprEqn, *values: Value) -> Passed:
             np.concatenate([dim.ids for dim in labelled]),
             np.concatenate([dim.background for dim in labelled]),
         )
-    elif any(isinstance(piece, Fixed) for piece in pieces):
-        dims[axis] = FIXED
-    else:
+    elif all(isinstance(piece, Free) for piece in pieces):
         dims[axis] = Free(UNKNOWN)
     return Passed(used, [Value(aval, tuple(dims))])
 

@@ -107,7 +107,7 @@ def fixed(aval: Any) -> Value:
 
 def free(aval: Any, background: np.ndarray = UNKNOWN) -> Value:
     """Returns a value that can be cut anywhere."""
-    dims = tuple(FIXED if _is_one(n) else Free(background) for n in aval.shape)
+    dims = tuple(FIXED if is_one(n) else Free(background) for n in aval.shape)
     return Value(aval, dims)
 
 
@@ -140,7 +140,8 @@ def _floats(array: np.ndarray) -> np.ndarray:
     )
 
 
-def _is_one(size: Any) -> bool:
+def is_one(size: Any) -> bool:
+    """Whether a dimension has size 1, so that it broadcasts."""
     return _jax_api.is_size(size) and size == 1
 
 

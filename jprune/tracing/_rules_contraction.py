@@ -5,9 +5,9 @@ infinity, and so on: otherwise the reduction sees that it is gone, and it is pin
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from jprune.tracing import _jax_api, _values
@@ -49,7 +49,8 @@ def _contract(
 @rule("dot_general")
 def dot_general(graph: Graph, eqn: JaxprEqn, lhs: Value, rhs: Value) -> Passed:
     """Joins what is contracted and what is batched."""
-    (own, other), (own_batch, other_batch) = eqn.params["dimension_numbers"]
+    numbers = jax.tree.map(int, eqn.params["dimension_numbers"])
+    (own, other), (own_batch, other_batch) = numbers
     lhs, rhs = graph.resolve(lhs, own_batch), graph.resolve(rhs, other_batch)
     for i, j in zip(own, other, strict=True):
         lhs, rhs = _contract(graph, lhs, i, rhs, j, "a matrix product")
@@ -184,32 +185,27 @@ def _pin_seen(graph: Graph, dim: Dim, kind: str) -> None:
         graph.pin(dim.ids[seen], reason)
 
 
-def _reduced(
-    graph: Graph, eqn: JaxprEqn, values: Sequence[Value], kind: str, axes: Sequence[int]
-) -> Passed:
-    rest = [axis for axis in range(len(values[0].shape)) if axis not in axes]
-    used, outs = [], []
-    for value, var in zip(values, eqn.outvars, strict=False):
-        value = graph.resolve(value, rest)
-        for axis in axes:
-            _pin_seen(graph, value.dims[axis], kind)
-        used.append(value)
-        dims = tuple(_left(value.dims[axis], kind) for axis in rest)
-        outs.append(Value(_jax_api.aval(var), dims))
-    return Passed(used, outs)
+def _reduced(graph: Graph, eqn: JaxprEqn, value: Value, kind: str) -> Passed:
+    axes = eqn.params["axes"]
+    rest = [axis for axis in range(len(value.shape)) if axis not in axes]
+    value = graph.resolve(value, rest)
+    for axis in axes:
+        _pin_seen(graph, value.dims[axis], kind)
+    dims = tuple(_left(value.dims[axis], kind) for axis in rest)
+    return Passed([value], [Value(_jax_api.result(eqn), dims)])
 
 
 @rule(*(f"reduce_{kind}" for kind in IDENTITY if kind != "logsumexp"))
 def reduction(graph: Graph, eqn: JaxprEqn, value: Value) -> Passed:
     """Reduces axes; what is removed must be neutral."""
     kind = eqn.primitive.name.removeprefix("reduce_")
-    return _reduced(graph, eqn, [value], kind, eqn.params["axes"])
+    return _reduced(graph, eqn, value, kind)
 
 
 @rule("argmax", "argmin")
 def best(graph: Graph, eqn: JaxprEqn, value: Value) -> Passed:
     """Pins the axis, because positions are results."""
-    return _reduced(graph, eqn, [value], eqn.primitive.name, eqn.params["axes"])
+    return _reduced(graph, eqn, value, eqn.primitive.name)
 
 
 @rule("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")

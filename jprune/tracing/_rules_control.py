@@ -247,7 +247,7 @@ def _rerun(
                 f"tracing: in the derivative of {name!r}, channels cannot be removed: "
                 f"{reason}"
             )
-    return frame, Kept(component, removed, kept.hook)
+    return frame, Kept(component, removed)
 
 
 def _fit(array: Any, have: Sequence[Any], want: Sequence[Any], shape: Any) -> Any:

@@ -37,7 +37,7 @@ def _static_index(eqn: JaxprEqn, value: Value, indices: Value) -> np.ndarray | N
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     if indices.const is None or len(numbers.start_index_map) != 1:
         return None
-    (axis,) = numbers.start_index_map
+    axis = int(numbers.start_index_map[0])
     rest = [
         n == m
         for a, (n, m) in enumerate(zip(value.shape, sizes, strict=True))
@@ -60,7 +60,7 @@ def _gather(kept: Kept, step: Step, operand: Any, indices: Any) -> list[Any]:
         return [lax.transpose(taken, axes)]
     held, wanted = kept.positions(value), kept.positions(out)
     numbers = step.eqn.params["dimension_numbers"]
-    for axis in numbers.start_index_map:
+    for axis in map(int, numbers.start_index_map):
         operand = _kept.scatter(operand, axis, held[axis], value.shape[axis])
     sizes = [
         n if size == full else size
@@ -83,7 +83,7 @@ def gather(graph: Graph, eqn: JaxprEqn, value: Value, indices: Value) -> Passed:
     batch = [a for a in range(len(aval.shape)) if a not in numbers.offset_dims]
     index = _static_index(eqn, value, indices)
     if index is not None and index.ndim == 1:
-        (axis,) = numbers.start_index_map
+        axis = int(numbers.start_index_map[0])
         every: list[Any] = [None] * len(value.shape)
         every[axis] = index
         shape = (*value.shape[:axis], len(index), *value.shape[axis + 1 :])
@@ -102,7 +102,7 @@ def gather(graph: Graph, eqn: JaxprEqn, value: Value, indices: Value) -> Passed:
     ]
     offsets = [axis for axis in range(len(value.shape)) if axis not in dropped]
     out = _values.fixed(aval)
-    for place, axis in zip(numbers.offset_dims, offsets, strict=True):
+    for place, axis in zip(map(int, numbers.offset_dims), offsets, strict=True):
         if whole[axis]:
             out = out.replace_dim(place, value.dims[axis])
         else:

@@ -5,6 +5,8 @@ statistics included. ``pinned`` lists what cannot be removed, as ``path[axis]``,
 the spatial axes of kernels.
 """
 
+import functools
+import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,7 +27,7 @@ class Net(NamedTuple):
     inputs: tuple
     groups: list[int]
     pinned: set[str]
-    options: dict = {}
+    options: Any = types.MappingProxyType({})
 
 
 def randomise(tree, seed=0):
@@ -44,7 +46,8 @@ def randomise(tree, seed=0):
 
 
 def images(size=8, channels=3, batch=2):
-    return jnp.asarray(np.random.default_rng(7).normal(size=(batch, size, size, channels)))
+    shape = (batch, size, size, channels)
+    return jnp.asarray(np.random.default_rng(7).normal(size=shape))
 
 
 def tokens(length=5, width=6, batch=2):
@@ -53,7 +56,7 @@ def tokens(length=5, width=6, batch=2):
 
 def linen(module, x, groups, pinned, **options):
     """The net of a Linen module that is called with one input."""
-    variables = randomise(module.init(jax.random.key(0), x))
+    variables = randomise(jax.eval_shape(module.init, jax.random.key(0), x))
     return Net(module.apply, variables, (x,), groups, pinned, options)
 
 
@@ -104,7 +107,7 @@ def vgg_in_training():
     """BatchNorm by the batch's statistics, which are outputs too; dropout."""
     module, x = VGG(train=True), images()
     keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
-    variables = randomise(module.init(keys, x))
+    variables = randomise(jax.eval_shape(module.init, keys, x))
 
     def apply(variables, x):
         return module.apply(
@@ -325,29 +328,44 @@ def shuffles():
 
 
 class Mixer(nn.Module):
+    bias: bool
+
     @nn.compact
     def __call__(self, x):
         x = nn.Dense(6)(x)
         y = nn.LayerNorm()(x).swapaxes(1, 2)
-        x = x + nn.Dense(5)(nn.gelu(nn.Dense(7)(y))).swapaxes(1, 2)
+        y = nn.gelu(nn.Dense(7, use_bias=self.bias)(y))
+        x = x + nn.Dense(5, use_bias=self.bias)(y).swapaxes(1, 2)
         x = x + nn.Dense(6)(nn.gelu(nn.Dense(4)(nn.LayerNorm()(x))))
         return nn.Dense(3)(nn.LayerNorm()(x).mean(1))
 
 
+_MIXER_PINNED = {
+    "Dense_0/kernel[0]",
+    "Dense_1/kernel[0]",
+    "Dense_2/kernel[1]",
+    "Dense_5/kernel[1]",
+    "Dense_5/bias[0]",
+}
+
+
 def mixer():
-    return linen(
-        Mixer(),
-        tokens(5, 3),
-        [4, 6, 7],
-        {
-            "Dense_0/kernel[0]",
-            "Dense_1/kernel[0]",
-            "Dense_2/kernel[1]",
-            "Dense_2/bias[0]",
-            "Dense_5/kernel[1]",
-            "Dense_5/bias[0]",
-        },
-    )
+    return linen(Mixer(False), tokens(5, 3), [4, 6, 7], _MIXER_PINNED)
+
+
+def mixer_with_token_biases():
+    """A bias of tokens enters every channel, removed ones too, and the next norm."""
+    pinned = {
+        "Dense_2/bias[0]",
+        "Dense_0/kernel[1]",
+        "Dense_0/bias[0]",
+        "Dense_3/kernel[1]",
+        "Dense_3/bias[0]",
+        "Dense_4/kernel[0]",
+        "Dense_5/kernel[0]",
+        *(f"LayerNorm_{i}/{leaf}[0]" for i in range(3) for leaf in ("scale", "bias")),
+    }
+    return linen(Mixer(True), tokens(5, 3), [4, 7], _MIXER_PINNED | pinned)
 
 
 class ViT(nn.Module):
@@ -359,8 +377,8 @@ class ViT(nn.Module):
         x = jnp.concatenate([jnp.tile(first, (x.shape[0], 1, 1)), x], axis=1)
         x = x + self.param("place", nn.initializers.zeros, (1, x.shape[1], 6))
         for _ in range(2):
-            y = nn.LayerNorm()(x)
-            x = x + nn.MultiHeadDotProductAttention(2, qkv_features=8, out_features=6)(y)
+            attend = nn.MultiHeadDotProductAttention(2, qkv_features=8, out_features=6)
+            x = x + attend(nn.LayerNorm()(x))
             x = x + nn.Dense(6)(nn.gelu(nn.Dense(7)(nn.LayerNorm()(x))))
         return nn.Dense(3)(nn.LayerNorm()(x)[:, 0])
 
@@ -424,8 +442,9 @@ class Recurrent(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        x = nn.RNN(self.cell(5, param_dtype=jnp.float64))(nn.Dense(4)(x))
-        return nn.Dense(3)(nn.RNN(self.cell(6, param_dtype=jnp.float64), reverse=True)(x)[:, -1])
+        cell = functools.partial(self.cell, param_dtype=jnp.float64)
+        x = nn.RNN(cell(5))(nn.Dense(4)(x))
+        return nn.Dense(3)(nn.RNN(cell(6), reverse=True)(x)[:, -1])
 
 
 def lstm():
@@ -493,7 +512,7 @@ class Perceptron(nnx.Module):
 
 
 def nnx_cnn():
-    graph, state = nnx.split(Perceptron(nnx.Rngs(0)))
+    graph, state = nnx.split(nnx.eval_shape(lambda: Perceptron(nnx.Rngs(0))))
     return Net(
         lambda state, x: nnx.merge(graph, state)(x),
         randomise(state),
@@ -522,7 +541,8 @@ class EquinoxCNN(eqx.Module):
 
 
 def equinox_cnn():
-    params, static = eqx.partition(EquinoxCNN(jax.random.key(0)), eqx.is_inexact_array)
+    model = eqx.filter_eval_shape(EquinoxCNN, jax.random.key(0))
+    params, static = eqx.partition(model, lambda x: isinstance(x, jax.ShapeDtypeStruct))
     return Net(
         lambda params, x: jax.vmap(eqx.combine(params, static))(x),
         randomise(params),
@@ -537,7 +557,7 @@ def haiku_mlp():
     x = tokens(1, 4)[:, 0]
     return Net(
         forward.apply,
-        randomise(forward.init(jax.random.key(0), x)),
+        randomise(jax.eval_shape(forward.init, jax.random.key(0), x)),
         (x,),
         [5, 6],
         {"mlp/~/linear_0/w[0]", "mlp/~/linear_2/w[1]", "mlp/~/linear_2/b[0]"},
@@ -557,6 +577,7 @@ ALL = (
     group_norm,
     shuffles,
     mixer,
+    mixer_with_token_biases,
     vit,
     decoder,
     lstm,

@@ -1,7 +1,8 @@
 """Elementwise primitives on backgrounds: NumPy, float64, NaN for what is unknown.
 
 Through JAX the same would take a second for a large network. A known 0 times anything
-is 0, and so is 0 divided by anything; a comparison with something unknown is unknown.
+is 0, and so is 0 divided by anything; a known infinity plus anything is that infinity;
+a comparison with something unknown is unknown.
 """
 
 from collections.abc import Callable
@@ -19,6 +20,13 @@ Function = Callable[..., np.ndarray]
 def _product(eqn: JaxprEqn, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     zero = ((a == 0) & ~np.isinf(b)) | ((b == 0) & ~np.isinf(a))
     return np.where(zero, 0.0, a * b)
+
+
+def _sum(eqn: JaxprEqn, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    for one, other in ((a, b), (b, a)):
+        lone = np.isinf(one) & np.isnan(other)
+        a, b = np.where(lone, one, a), np.where(lone, 0.0, b)
+    return a + b
 
 
 def _quotient(eqn: JaxprEqn, a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -104,6 +112,8 @@ def unknown(eqn: JaxprEqn, *operands: np.ndarray) -> np.ndarray:
 
 
 TABLE: dict[str, Function] = {
+    "add": _sum,
+    "sub": lambda eqn, a, b: _sum(eqn, a, -b),
     "mul": _product,
     "div": _quotient,
     "pow": _power,
@@ -130,9 +140,7 @@ TABLE |= {
 TABLE |= {
     name: _plain(function)
     for name, function in {
-        "add": np.add,
         "add_any": np.add,
-        "sub": np.subtract,
         "max": np.maximum,
         "min": np.minimum,
         "rem": np.fmod,

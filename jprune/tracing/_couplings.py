@@ -163,8 +163,11 @@ def trace(
     leaves = trees.leaves_of(trees.shapes_of(params))
     variables = closed.jaxpr.invars
     args, labels = [], []
+    read = _jax_api.variables_read(closed.jaxpr)
     for leaf, var in zip(leaves, variables, strict=False):
         value, own = _parameter(graph, leaf, _jax_api.aval(var), background)
+        if var not in read:
+            graph.pin_value(value, "the function does not use it")
         args.append(value)
         labels.append(own)
     args += [_values.fixed(_jax_api.aval(var)) for var in variables[len(leaves) :]]

@@ -28,6 +28,7 @@ __all__ = [
     "module_of",
     "result",
     "trace",
+    "variables_read",
     "wide",
 ]
 
@@ -67,6 +68,12 @@ def as_closed(jaxpr: ClosedJaxpr | Jaxpr) -> tuple[Jaxpr, list[Any]]:
     if isinstance(jaxpr, ClosedJaxpr):
         return jaxpr.jaxpr, list(jaxpr.consts)
     return jaxpr, []
+
+
+def variables_read(jaxpr: Jaxpr) -> set[Var]:
+    """Returns the variables that an equation or the result of a jaxpr reads."""
+    atoms = [*jaxpr.outvars, *(atom for eqn in jaxpr.eqns for atom in eqn.invars)]
+    return {atom for atom in atoms if isinstance(atom, Var)}
 
 
 def module_of(eqn: JaxprEqn) -> str:

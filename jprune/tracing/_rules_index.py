@@ -96,6 +96,14 @@ def gather(graph: Graph, eqn: JaxprEqn, value: Value, indices: Value) -> Passed:
             out = moved(aval, middle, axes, FIXED)
         return Passed([value, indices], [out], (every, middle, axes))
     value, indices = graph.resolve(value), graph.resolve(indices)
+    paired = [
+        (int(i), int(j))
+        for i, j in zip(
+            numbers.operand_batching_dims,
+            numbers.start_indices_batching_dims,
+            strict=True,
+        )
+    ]
     dropped = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
     whole = [
         n == m for n, m in zip(value.shape, eqn.params["slice_sizes"], strict=True)
@@ -107,7 +115,7 @@ def gather(graph: Graph, eqn: JaxprEqn, value: Value, indices: Value) -> Passed:
             out = out.replace_dim(place, value.dims[axis])
         else:
             graph.pin_dim(value.dims[axis], _POINTED)
-    for axis in dropped:
+    for axis in numbers.collapsed_slice_dims:
         dim = value.dims[axis]
         if index is not None and isinstance(dim, Labels):
             if index.ndim == 0:
@@ -120,9 +128,12 @@ def gather(graph: Graph, eqn: JaxprEqn, value: Value, indices: Value) -> Passed:
     if index is None:
         for place, dim in zip(batch, indices.dims, strict=False):
             out = out.replace_dim(place, _unknown(dim))
-        for axis in numbers.start_indices_batching_dims:
-            graph.pin_dim(indices.dims[axis], _POINTED)
-            out = out.replace_dim(batch[axis], FIXED)
+        for i, j in paired:
+            reason = "a gather pairs it with a dimension that is fixed"
+            value, indices, ids = graph.pair(value, i, indices, j, reason)
+            if isinstance(ids, np.ndarray):
+                background = _values.spread(value.along(i), ids.size)
+                out = out.replace_dim(batch[j], Labels(ids, background))
         graph.pin_dim(indices.dims[-1], "it holds the coordinates of indices")
     return Passed([value, indices], [out], (None, None, None))
 

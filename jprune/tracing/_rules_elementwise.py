@@ -94,7 +94,8 @@ def _folded(
     if any(const.dtype.kind not in "biufV" for const in consts):
         return None
     with np.errstate(all="ignore"):
-        found = background(eqn, *(const.astype(float) for const in consts))
+        floats = [np.atleast_1d(const.astype(float)) for const in consts]
+        found = background(eqn, *floats).reshape(aval.shape)
         if np.dtype(aval.dtype).kind in "biu":
             if not np.isfinite(found).all():
                 return None

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from tests.tracing import law
 
 import jprune
+from tests.tracing import law
 
 CASES = []
 

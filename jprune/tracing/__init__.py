@@ -12,11 +12,14 @@ table of rules for primitives, so no model needs hooks or annotations::
 from jprune.tracing import (
     _rules_contraction,
     _rules_control,
+    _rules_derivatives,
     _rules_elementwise,
     _rules_index,
     _rules_layout,
+    _rules_reshape,
 )
-from jprune.tracing._couplings import couplings, summary
+from jprune.tracing._channels import summary
+from jprune.tracing._couplings import couplings
 from jprune.tracing._shrink import Shrunk, shrink
 
 __all__ = ["Shrunk", "couplings", "shrink", "summary"]
@@ -24,7 +27,9 @@ __all__ = ["Shrunk", "couplings", "shrink", "summary"]
 del (
     _rules_contraction,
     _rules_control,
+    _rules_derivatives,
     _rules_elementwise,
     _rules_index,
     _rules_layout,
+    _rules_reshape,
 )

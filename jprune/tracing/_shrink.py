@@ -11,10 +11,10 @@ from jaxtyping import PyTree
 
 from jprune import masks as masks_lib
 from jprune import trees
-from jprune.tracing import _couplings, _jax_api, _kept, _values
-from jprune.tracing._couplings import Traced
+from jprune.tracing import _jax_api, _kept, _trace, _values
 from jprune.tracing._interpreter import evaluate
 from jprune.tracing._kept import Kept
+from jprune.tracing._trace import Traced
 from jprune.types import ApplyFn, Masks, Params, Prunable
 
 # For each leaf, by place, what its mask removes along each axis.
@@ -247,7 +247,7 @@ def _analyse(
             return _values.UNKNOWN
         return np.where(removed[leaf.place][axis], 0.0, np.nan)
 
-    traced = _couplings.trace(
+    traced = _trace.trace(
         apply_fn, params, inputs, background, mutable=mutable, unknown=unknown
     )
     gone = np.zeros(traced.graph.size, bool)

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.tracing import law
 
 import jprune
+from tests.tracing import law
 
 OPERATIONS = (
     "dense",
@@ -114,7 +114,7 @@ def test_shrunk_equals_masked(plan, seed):
 
         units = jprune.couplings(apply_fn, params, x)
         keeps = [
-            jnp.asarray((rng.random(group.shape) < 0.6)).at[0].set(True)
+            jnp.asarray(rng.random(group.shape) < 0.6).at[0].set(True)
             for group in units.groups
         ]
         law.check(apply_fn, params, (x,), keeps, units)

@@ -105,13 +105,11 @@ def _first(members: Sequence[Member]) -> trees.Leaf:
     return (kernels or members)[0].leaf
 
 
-def _apart(members: Sequence[Member], number: int) -> list[tuple[Member, Member]]:
-    """Returns the pairs of axes in which an entry could be counted twice."""
-    return [(members[i], members[number]) for i in range(number)]
-
-
 def _pool(members: Sequence[Member], score: Array, size: int, how: str) -> Array:
-    """Returns the pooled scores of a leaf, before roots and divisions."""
+    """Returns the pooled scores of a leaf, before roots and divisions.
+
+    An entry that belongs to a unit by two axes counts once.
+    """
     values = score.astype(jnp.promote_types(score.dtype, jnp.float32))
     if how == "l1":
         values = jnp.abs(values)
@@ -121,7 +119,7 @@ def _pool(members: Sequence[Member], score: Array, size: int, how: str) -> Array
     pooled = jnp.full(size, neutral, values.dtype)
     for number, member in enumerate(members):
         own = values
-        for other, _ in _apart(members, number):
+        for other in members[:number]:
             own = jnp.where(_both(other, member, score.ndim), neutral, own)
         rest = tuple(axis for axis in range(score.ndim) if axis != member.axis)
         chosen = np.flatnonzero(member.units >= 0)
@@ -149,7 +147,7 @@ def _sizes(members: Sequence[Member], size: int) -> np.ndarray:
     for number, member in enumerate(members):
         axes = [m.axis for m in members[: number + 1]]
         counted = np.ones([n if a in axes else 1 for a, n in enumerate(shape)], bool)
-        for other, _ in _apart(members, number):
+        for other in members[:number]:
             counted = counted & ~_both(other, member, len(shape))
         rest = tuple(axis for axis in range(len(shape)) if axis != member.axis)
         times = np.prod([n for a, n in enumerate(shape) if a not in axes], dtype=int)

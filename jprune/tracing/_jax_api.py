@@ -21,7 +21,6 @@ __all__ = [
     "as_closed",
     "aval",
     "bind",
-    "is_array",
     "is_key",
     "is_size",
     "is_tracer",
@@ -90,11 +89,6 @@ def is_key(aval: Any) -> bool:
     """Whether a value is an array of PRNG keys."""
     dtype = getattr(aval, "dtype", None)
     return dtype is None or jnp.issubdtype(dtype, jax.dtypes.extended)
-
-
-def is_array(value: Any) -> bool:
-    """Whether a value is an array or a number."""
-    return hasattr(value, "dtype") or isinstance(value, (bool, int, float, complex))
 
 
 def is_size(size: Any) -> bool:

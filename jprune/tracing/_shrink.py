@@ -98,13 +98,8 @@ class Shrunk:
                 )
 
     def _analyse(self, params: Params, inputs: Sequence[Any]) -> tuple[Traced, Kept]:
-        shapes = [
-            (tuple(np.shape(x)), str(jnp.result_type(x)), bool(jax.typeof(x).weak_type))
-            if _jax_api.is_array(x)
-            else (type(x), id(x))
-            for x in jax.tree.leaves((params, inputs))
-        ]
-        key = (jax.tree.structure(inputs), tuple(shapes), _jax_api.wide())
+        avals = tuple(map(jax.typeof, jax.tree.leaves((params, inputs))))
+        key = (avals, jax.tree.structure(inputs), _jax_api.wide())
         if key in self._analysed:
             return self._analysed[key]
         full = jax.tree.map(

@@ -48,9 +48,16 @@ def entries(group, unit):
     return found
 
 
-@pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize(
-    "build", [nets.resnet_basic, nets.decoder], ids=lambda build: build.__name__
+    "build, how",
+    [
+        (nets.resnet_basic, "sum"),
+        (nets.resnet_basic, "max"),
+        (nets.resnet_basic, "l2"),
+        (nets.haiku_mlp, "l1"),
+        (nets.decoder, "mean"),
+    ],
+    ids=lambda x: getattr(x, "__name__", x),
 )
 def test_pooling_against_loops(build, how):
     """In a residual network a kernel has a channel on both of its sides."""
@@ -175,8 +182,9 @@ def test_sparse_training_of_channels():
     tx = jprune.rigl(0.5, units=lambda _: units, every=1, end=10, drop_fraction=0.4)
     state = tx.init(net.variables)
     grads = jax.tree.map(jnp.ones_like, net.variables)
+    update = jax.jit(tx.update)
     for _ in range(3):
-        _, state = tx.update(grads, state, net.variables)
+        _, state = update(grads, state, net.variables)
     alive = jprune.units.living(units, net.variables, jprune.masks_of(state))
     assert sum(int(keep.sum()) for keep in alive) == 5
 

@@ -101,7 +101,7 @@ plans = st.lists(
 
 
 @given(plans, st.integers(0, 2**16))
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=12)
 def test_shrunk_equals_masked(plan, seed):
     with jax.enable_x64(True):
         rng = np.random.default_rng(seed)

@@ -73,7 +73,9 @@ class Graph:
         graph = coo_array((ones, (rows, columns)), shape=(self.size, self.size))
         return connected_components(graph, directed=False)[1]
 
-    def resolve(self, value: Value, prefer: Iterable[int] = ()) -> Value:
+    def resolve(
+        self, value: Value, prefer: Iterable[int] = (), avoid: Iterable[int] = ()
+    ) -> Value:
         """Ties labels that vary along several axes along one of them.
 
         That is the first axis whose positions share no label, so that attention heads
@@ -83,13 +85,15 @@ class Graph:
         Args:
             value: any value.
             prefer: axes to be tried first.
+            avoid: axes to be tried last.
         """
         joint = value.joint
         if joint is None:
             return value
         value = dataclasses.replace(value, joint=None)
         first = [axis for axis in prefer if axis in joint.axes]
-        for axis in [*first, *joint.axes]:
+        last = set(avoid)
+        for axis in [*first, *sorted(joint.axes, key=last.__contains__)]:
             place = joint.axes.index(axis)
             classes = np.moveaxis(joint.ids, place, 0)
             classes = classes.reshape(classes.shape[0], -1)

@@ -46,12 +46,20 @@ def _contract(
     return a, b
 
 
+def _is_fixed(value: Value, axis: int) -> bool:
+    in_joint = value.joint is not None and axis in value.joint.axes
+    return isinstance(value.dims[axis], Fixed) and not in_joint
+
+
 @rule("dot_general")
 def dot_general(graph: Graph, eqn: JaxprEqn, lhs: Value, rhs: Value) -> Passed:
     """Joins what is contracted and what is batched."""
     numbers = jax.tree.map(int, eqn.params["dimension_numbers"])
     (own, other), (own_batch, other_batch) = numbers
-    lhs, rhs = graph.resolve(lhs, own_batch), graph.resolve(rhs, other_batch)
+    avoid = [i for i, j in zip(own, other, strict=True) if _is_fixed(rhs, j)]
+    lhs = graph.resolve(lhs, own_batch, avoid)
+    avoid = [j for i, j in zip(own, other, strict=True) if _is_fixed(lhs, i)]
+    rhs = graph.resolve(rhs, other_batch, avoid)
     for i, j in zip(own, other, strict=True):
         lhs, rhs = _contract(graph, lhs, i, rhs, j, "a matrix product")
     dims: list[Dim] = []
@@ -241,6 +249,28 @@ def window(graph: Graph, eqn: JaxprEqn, value: Value) -> Passed:
             graph.pin_dim(dim, "a window slides over it")
         dims.append(_left(dim, kind) if still else FIXED)
     return Passed([value], [Value(_jax_api.result(eqn), tuple(dims))])
+
+
+@rule("select_and_scatter_add", "select_and_gather_add")
+def window_gradient(graph: Graph, eqn: JaxprEqn, a: Value, b: Value) -> Passed:
+    """Passes the axes over which no window slides, in gradients of maxima."""
+    sizes, steps = eqn.params["window_dimensions"], eqn.params["window_strides"]
+    slides = [i for i, (n, m) in enumerate(zip(sizes, steps, strict=True)) if n * m > 1]
+    a, b = graph.resolve(a), graph.resolve(b)
+    for axis in slides:
+        for value in (a, b):
+            graph.pin_dim(value.dims[axis], "a window slides over it")
+    used, kinds = graph.align([a, b], "a window pairs it with a fixed one", slides)
+    dims: list[Dim] = []
+    for axis, kind in enumerate(kinds):
+        if axis in slides or isinstance(kind, Fixed):
+            dims.append(FIXED)
+        elif isinstance(kind, np.ndarray):
+            # Of the first operand, entries are chosen or summed.
+            dims.append(Labels(kind, _zeros(a.along(axis))))
+        else:
+            dims.append(Free(UNKNOWN))
+    return Passed(used, [Value(_jax_api.result(eqn), tuple(dims))])
 
 
 # Orders.

@@ -244,6 +244,21 @@ def windows(p, x):
     return h[0] @ p["b"]
 
 
+@case(6)
+def the_gradient_of_a_maximum(p, x):
+    def pooled(h):
+        h = lax.reduce_window(h, -jnp.inf, lax.max, (2, 1), (2, 1), "VALID")
+        return jnp.sum(jnp.tanh(h) @ p["b"])
+
+    return jax.grad(pooled)(x @ p["a"]) @ p["b"]
+
+
+@case(3, 3, 6, h=(3, 18))
+def a_kernel_that_is_made(p, x):
+    kernel = (p["c"][:3] @ p["h"]).reshape(3, 6)
+    return jnp.tanh(x @ kernel) @ p["b"]
+
+
 @case()
 def a_window_over_channels(p, x):
     h = x @ p["a"]

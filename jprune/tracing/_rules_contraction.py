@@ -46,19 +46,14 @@ def _contract(
     return a, b
 
 
-def _is_fixed(value: Value, axis: int) -> bool:
-    in_joint = value.joint is not None and axis in value.joint.axes
-    return isinstance(value.dims[axis], Fixed) and not in_joint
-
-
 @rule("dot_general")
 def dot_general(graph: Graph, eqn: JaxprEqn, lhs: Value, rhs: Value) -> Passed:
     """Joins what is contracted and what is batched."""
     numbers = jax.tree.map(int, eqn.params["dimension_numbers"])
     (own, other), (own_batch, other_batch) = numbers
-    avoid = [i for i, j in zip(own, other, strict=True) if _is_fixed(rhs, j)]
+    avoid = [i for i, j in zip(own, other, strict=True) if rhs.is_fixed(j)]
     lhs = graph.resolve(lhs, own_batch, avoid)
-    avoid = [j for i, j in zip(own, other, strict=True) if _is_fixed(lhs, i)]
+    avoid = [j for i, j in zip(own, other, strict=True) if lhs.is_fixed(i)]
     rhs = graph.resolve(rhs, other_batch, avoid)
     for i, j in zip(own, other, strict=True):
         lhs, rhs = _contract(graph, lhs, i, rhs, j, "a matrix product")
@@ -283,8 +278,6 @@ def sort(graph: Graph, eqn: JaxprEqn, *values: Value) -> Passed:
     values = tuple(graph.resolve(value) for value in values)
     for value in values:
         graph.pin_dim(value.dims[along], "it is sorted")
-        if isinstance(value.dims[along], Labels):
-            value = value.replace_dim(along, FIXED)
     used, kinds = graph.align(values, "it is sorted with others", skip=[along])
     dims: list[Dim] = []
     for kind in kinds:

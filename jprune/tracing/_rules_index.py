@@ -154,23 +154,27 @@ def _dynamic_slice(kept: Kept, step: Step, operand: Any, *starts: Any) -> list[A
     return _jax_api.bind(step.eqn, operand, *starts, slice_sizes=sizes)
 
 
+def _static_slice(
+    value: Value, sizes: Sequence[Any], part: Sequence[int], starts: Sequence[Value]
+) -> list[Any] | None:
+    """Returns the positions that a slice at constants takes, if it is one."""
+    index: list[Any] = [None] * len(sizes)
+    for axis in part:
+        const, size, full = starts[axis].const, sizes[axis], value.shape[axis]
+        if const is None or not _jax_api.is_size(size) or not _jax_api.is_size(full):
+            return None
+        first = min(max(int(const), 0), full - size)
+        index[axis] = np.arange(first, first + size)
+    return index
+
+
 @rule("dynamic_slice", evaluate=_dynamic_slice)
 def dynamic_slice(graph: Graph, eqn: JaxprEqn, value: Value, *starts: Value) -> Passed:
     """Slices at constants as a slice does, and otherwise passes what is whole."""
     sizes, aval = eqn.params["slice_sizes"], _jax_api.result(eqn)
-    part = [
-        i for i, (n, m) in enumerate(zip(value.shape, sizes, strict=False)) if n != m
-    ]
-    if all(starts[axis].const is not None for axis in part if axis < len(starts)):
-        index: list[Any] = [None] * len(value.shape)
-        for axis in part:
-            const = starts[axis].const
-            first = int(
-                np.clip(
-                    0 if const is None else const, 0, value.shape[axis] - sizes[axis]
-                )
-            )
-            index[axis] = np.arange(first, first + sizes[axis])
+    part = [i for i, n in enumerate(value.shape) if n != sizes[i]]
+    index = _static_slice(value, sizes, part, starts)
+    if index is not None:
         return Passed([value, *starts], [indexed(graph, aval, value, index)], index)
     value = graph.resolve(value)
     dims = list(value.dims)

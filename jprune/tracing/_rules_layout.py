@@ -144,17 +144,36 @@ def _index(kept: Kept, step: Step, operand: Any) -> list[Any]:
     return [at(kept, operand, step.ins[0], out, index) for out, index in pairs]
 
 
-@rule("slice", evaluate=_index)
-def slice_(graph: Graph, eqn: JaxprEqn, value: Value) -> Passed:
-    """Takes a slice; one of a single position pins it."""
+def _bounds(eqn: JaxprEqn) -> list[tuple[Any, Any, Any]]:
     first, last = eqn.params["start_indices"], eqn.params["limit_indices"]
-    steps, aval = eqn.params["strides"] or (1,) * len(first), _jax_api.result(eqn)
-    index = [
-        None if (n == m) else np.arange(i, j, k)
-        for n, m, i, j, k in zip(
-            value.shape, aval.shape, first, last, steps, strict=True
+    steps = eqn.params["strides"] or (1,) * len(first)
+    return list(zip(first, last, steps, strict=True))
+
+
+def _slice(kept: Kept, step: Step, operand: Any) -> list[Any]:
+    (index,), value, out = step.inner, step.ins[0], step.outs[0]
+    bounds = [
+        own if n != m and i is None else (0, size, 1)
+        for own, i, n, m, size in zip(
+            _bounds(step.eqn), index, value.shape, out.shape, operand.shape, strict=True
         )
     ]
+    operand = lax.slice(operand, *zip(*bounds, strict=True))
+    return [at(kept, operand, value, out, index)]
+
+
+@rule("slice", evaluate=_slice)
+def slice_(graph: Graph, eqn: JaxprEqn, value: Value) -> Passed:
+    """Takes a slice; one of a single position pins it."""
+    aval, index = _jax_api.result(eqn), []
+    for axis, bounds in enumerate(_bounds(eqn)):
+        whole = value.shape[axis] == aval.shape[axis]
+        # A fixed axis may have a symbolic size.
+        index.append(
+            None
+            if whole or (value.const is None and value.is_fixed(axis))
+            else np.arange(*bounds)
+        )
     return Passed([value], [indexed(graph, aval, value, index)], [index])
 
 
@@ -172,15 +191,14 @@ def split(graph: Graph, eqn: JaxprEqn, value: Value) -> Passed:
     return Passed([value], outs, inner)
 
 
-@rule("rev", evaluate=_index)
+@rule("rev")
 def rev(graph: Graph, eqn: JaxprEqn, value: Value) -> Passed:
     """Reverses axes."""
     index: list[Index] = [None] * len(value.shape)
     for axis in eqn.params["dimensions"]:
         if _jax_api.is_size(value.shape[axis]):
             index[axis] = np.arange(value.shape[axis])[::-1]
-    aval = _jax_api.result(eqn)
-    return Passed([value], [indexed(graph, aval, value, index)], [index])
+    return Passed([value], [indexed(graph, _jax_api.result(eqn), value, index)])
 
 
 def _padded(kept: Kept, step: Step, operand: Any, padding: Any) -> list[Any]:
@@ -328,8 +346,10 @@ def tile(graph: Graph, eqn: JaxprEqn, value: Value) -> Passed:
     aval = _jax_api.result(eqn)
     dims: list[Dim] = []
     for dim, n, m in zip(value.dims, value.shape, aval.shape, strict=True):
-        if n == m or not isinstance(dim, Labels):
-            dims.append(Free(UNKNOWN) if n == 1 and n != m else dim)
+        if n == m:
+            dims.append(dim)
+        elif not isinstance(dim, Labels):
+            dims.append(Free(UNKNOWN) if n == 1 or isinstance(dim, Free) else FIXED)
         else:
             times = m // n
             dims.append(Labels(np.tile(dim.ids, times), np.tile(dim.background, times)))

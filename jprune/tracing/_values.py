@@ -87,6 +87,11 @@ class Value:
         found: list[Labels | Joint] = [d for d in self.dims if isinstance(d, Labels)]
         return found if self.joint is None else [*found, self.joint]
 
+    def is_fixed(self, axis: int) -> bool:
+        """Whether nothing along an axis can be removed."""
+        in_joint = self.joint is not None and axis in self.joint.axes
+        return isinstance(self.dims[axis], Fixed) and not in_joint
+
     def replace_dim(self, axis: int, dim: Dim) -> "Value":
         """Returns the value with another dimension."""
         dims = (*self.dims[:axis], dim, *self.dims[axis + 1 :])

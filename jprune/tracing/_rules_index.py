@@ -209,25 +209,21 @@ def _written(
             if axis not in taken:
                 graph.pin_dim(dim, "a part of it is written")
     dims: list[Dim] = [FIXED] * len(value.dims)
-    adds = eqn.primitive.name in ("scatter-add", "scatter-sub", "scatter_add")
-    multiplies = eqn.primitive.name in ("scatter-mul", "scatter_mul")
+    name = eqn.primitive.name
+    accumulates = name in ("scatter-add", "scatter-sub", "scatter-mul")
     for i, j in whole:
         reason = "it is written into a dimension that is fixed"
         value, update, ids = graph.pair(value, i, update, j, reason)
         own, new = value.along(i), update.along(j)
         same = own == new
-        if adds or multiplies:
+        if accumulates:
             same = same & (own == 0)
         background = np.where(same, own, np.nan)
         if isinstance(ids, np.ndarray):
             dims[i] = Labels(ids, background)
         else:
             dims[i] = Free(background) if isinstance(ids, Free) else FIXED
-    used = (
-        [value, *rest[:1], update]
-        if "scatter" in eqn.primitive.name
-        else [value, update, *rest]
-    )
+    used = [value, *rest[:1], update] if "scatter" in name else [value, update, *rest]
     return Passed(used, [Value(_jax_api.result(eqn), tuple(dims))])
 
 
@@ -281,5 +277,5 @@ rule(
     "random_clone",
     "random_gamma",
     "threefry2x32",
-    "platform_index",
 )(pin_all("random numbers depend on it"))
+rule("platform_index", "dim_as_value")(pin_all("it is a size or a platform"))

@@ -97,15 +97,36 @@ class Graph:
             place = joint.axes.index(axis)
             classes = np.moveaxis(joint.ids, place, 0)
             classes = classes.reshape(classes.shape[0], -1)
-            if _are_disjoint(classes, repeated=axis in first):
-                for column in range(1, classes.shape[1]):
-                    self.join(classes[:, 0], classes[:, column])
+            if self._tie(classes, repeated=axis in first):
                 rows = np.moveaxis(joint.background, place, 0).reshape(classes.shape)
                 alike = (rows == rows[:, :1]).all(axis=1)
                 background = np.where(alike, rows[:, 0], np.nan)
                 return value.replace_dim(axis, Labels(classes[:, 0], background))
         self.pin(joint.ids, "a reshape mixes it with other positions")
         return value
+
+    def _tie(self, classes: np.ndarray, repeated: bool) -> bool:
+        """Joins the labels of each row, unless two rows share some.
+
+        Args:
+            classes: labels in rows.
+            repeated: whether rows may share labels if they share all, but not if all
+                rows do.
+
+        Returns:
+            Whether the labels were joined.
+        """
+        labels, first, places = np.unique(
+            classes, return_index=True, return_inverse=True
+        )
+        # The first row with a label owns it.
+        owners = first // max(classes.shape[1], 1)
+        rows = owners[places.reshape(classes.shape)]
+        apart = rows == (rows[:, :1] if repeated else np.arange(len(rows))[:, None])
+        if not apart.all() or (repeated and np.all(rows == 0)):
+            return False
+        self.join(classes[owners, 0], labels)
+        return True
 
     def align(
         self, values: Sequence[Value], reason: str, skip: Sequence[int] = ()
@@ -169,19 +190,3 @@ def _cut(value: Value, common: Sequence[np.ndarray | Dim]) -> Value:
             labels = Labels(ids, spread(dim.background, ids.size))
             value = value.replace_dim(axis, labels)
     return value
-
-
-def _are_disjoint(classes: np.ndarray, repeated: bool) -> bool:
-    """Whether no label stands in two rows, or none in two that differ."""
-    if repeated:
-        classes = np.unique(np.sort(classes, axis=1), axis=0)
-        if len(classes) == 1:
-            return False
-    _, places = np.unique(classes, return_inverse=True)
-    rows = np.broadcast_to(np.arange(len(classes))[:, None], classes.shape).ravel()
-    places = places.ravel()
-    lowest = np.full(places.max(initial=-1) + 1, len(classes))
-    highest = np.zeros_like(lowest)
-    np.minimum.at(lowest, places, rows)
-    np.maximum.at(highest, places, rows)
-    return bool(np.all(lowest == highest))

@@ -1,7 +1,10 @@
 """From labels to groups of channels: clusters, pooling, expanding, and a summary."""
 
+import functools
 from collections.abc import Sequence
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
@@ -73,7 +76,13 @@ def group_of(members: tuple[Member, ...], layout: Layouts) -> Group:
 
     def pool(scores: Sequence[Array], how: str) -> Float[Array, " units"]:
         found = [
-            _pool(own, score, size, how)
+            _pool(
+                score,
+                tuple(member.units for member in own),
+                axes=tuple(member.axis for member in own),
+                size=size,
+                how=how,
+            )
             for own, score in zip(by_leaf, scores, strict=True)
         ]
         if how == "max":
@@ -105,10 +114,25 @@ def _first(members: Sequence[Member]) -> trees.Leaf:
     return (kernels or members)[0].leaf
 
 
-def _pool(members: Sequence[Member], score: Array, size: int, how: str) -> Array:
+@functools.partial(jax.jit, static_argnames=("axes", "size", "how"))
+def _pool(
+    score: Array,
+    divided: tuple[Array, ...],
+    *,
+    axes: tuple[int, ...],
+    size: int,
+    how: str,
+) -> Float[Array, " units"]:
     """Returns the pooled scores of a leaf, before roots and divisions.
 
     An entry that belongs to a unit by two axes counts once.
+
+    Args:
+        score: the scores of the leaf.
+        divided: for each member axis, the unit of each position.
+        axes: the member axes.
+        size: the number of units.
+        how: how they are pooled.
     """
     values = score.astype(jnp.promote_types(score.dtype, jnp.float32))
     if how == "l1":
@@ -117,27 +141,27 @@ def _pool(members: Sequence[Member], score: Array, size: int, how: str) -> Array
         values = jnp.square(values)
     neutral = -jnp.inf if how == "max" else 0.0
     pooled = jnp.full(size, neutral, values.dtype)
-    for number, member in enumerate(members):
+    for number, axis in enumerate(axes):
         own = values
-        for other in members[:number]:
-            own = jnp.where(_both(other, member, score.ndim), neutral, own)
-        rest = tuple(axis for axis in range(score.ndim) if axis != member.axis)
-        chosen = np.flatnonzero(member.units >= 0)
-        places = member.units[chosen]
+        for other in range(number):
+            sides = [_lift(divided[k], axes[k], score.ndim) for k in (other, number)]
+            own = jnp.where(_same_unit(*sides), neutral, own)
+        rest = tuple(a for a in range(score.ndim) if a != axis)
+        # What belongs to no unit is dropped.
+        places = jnp.where(divided[number] < 0, size, divided[number])
         if how == "max":
-            pooled = pooled.at[places].max(jnp.max(own, axis=rest)[chosen])
+            pooled = pooled.at[places].max(jnp.max(own, axis=rest), mode="drop")
         else:
-            pooled = pooled.at[places].add(jnp.sum(own, axis=rest)[chosen])
+            pooled = pooled.at[places].add(jnp.sum(own, axis=rest), mode="drop")
     return pooled
 
 
-def _both(a: Member, b: Member, rank: int) -> np.ndarray:
-    """Returns which entries of a leaf belong to the same unit by both axes."""
-    sides = [
-        np.expand_dims(m.units, [axis for axis in range(rank) if axis != m.axis])
-        for m in (a, b)
-    ]
-    return (sides[0] == sides[1]) & (sides[0] >= 0)
+def _lift(units: Any, axis: int, rank: int) -> Any:
+    return units.reshape([-1 if a == axis else 1 for a in range(rank)])
+
+
+def _same_unit(a: Any, b: Any) -> Any:
+    return (a == b) & (a >= 0)
 
 
 def _sizes(members: Sequence[Member], size: int) -> np.ndarray:
@@ -148,7 +172,8 @@ def _sizes(members: Sequence[Member], size: int) -> np.ndarray:
         axes = [m.axis for m in members[: number + 1]]
         counted = np.ones([n if a in axes else 1 for a, n in enumerate(shape)], bool)
         for other in members[:number]:
-            counted = counted & ~_both(other, member, len(shape))
+            sides = [_lift(m.units, m.axis, len(shape)) for m in (other, member)]
+            counted = counted & ~_same_unit(*sides)
         rest = tuple(axis for axis in range(len(shape)) if axis != member.axis)
         times = np.prod([n for a, n in enumerate(shape) if a not in axes], dtype=int)
         chosen = np.flatnonzero(member.units >= 0)

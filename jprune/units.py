@@ -33,6 +33,8 @@ Ways to pool, over the true entries of a unit: ``"sum"``, ``"mean"``, ``"max"``,
 default is the sum, because a score already says *larger = keep*: the sum of ``|w|`` is
 the l1 norm of the weights, while absolute values would turn a negative score around.
 Units of unequal sizes, as ragged blocks and layers are, default to the mean.
+
+Coupled channels, whose units span several leaves, come from :func:`jprune.couplings`.
 """
 
 import functools

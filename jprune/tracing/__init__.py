@@ -9,7 +9,8 @@ table of rules for primitives, so no model needs hooks or annotations::
     small_apply_fn, small_params = jprune.shrink(apply_fn, params, masks, x)
 """
 
-from jprune.tracing import (
+# Each of the first enters its rules into the table.
+from jprune.tracing import (  # noqa: F401
     _rules_contraction,
     _rules_control,
     _rules_derivatives,
@@ -23,13 +24,3 @@ from jprune.tracing._couplings import couplings
 from jprune.tracing._shrink import Shrunk, shrink
 
 __all__ = ["Shrunk", "couplings", "shrink", "summary"]
-
-del (
-    _rules_contraction,
-    _rules_control,
-    _rules_derivatives,
-    _rules_elementwise,
-    _rules_index,
-    _rules_layout,
-    _rules_reshape,
-)

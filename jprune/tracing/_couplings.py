@@ -39,6 +39,10 @@ def couplings(
     At least one unit of each group survives any pruning; ``units._replace(least=8)``
     asks for more.
 
+    What the network would notice is pinned: a channel that is an output, that computed
+    indices point into, or that is not zero when its parameters are and is summed over,
+    as in a softmax over channels or a variance in two passes.
+
     Args:
         apply_fn: any function of JAX.
         params: any pytree of arrays or their shapes, such as all variables of a model.

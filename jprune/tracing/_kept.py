@@ -1,6 +1,5 @@
 """Values with some positions left out: which are kept, and how to cut an array."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -132,8 +131,3 @@ def in_full(array: Array, value: Value, kept: Sequence[Positions]) -> Array:
         if own is not None:
             array = scatter(array, axis, own, value.shape[axis])
     return array
-
-
-def count(shape: Sequence[Any]) -> Any:
-    """Returns the number of entries of a shape."""
-    return math.prod(shape)

@@ -210,9 +210,8 @@ def _removed(params: Params, masks: Masks) -> _Removed:
                 f"masks: nothing is left of {leaf.path!r} {leaf.shape}; at least one "
                 "channel of each group must survive"
             )
-        sides: list[Any]
         rest = [tuple(b for b in range(keep.ndim) if b != a) for a in range(keep.ndim)]
-        sides = [keep.any(axis=other) for other in rest]
+        sides: list[Any] = [keep.any(axis=other) for other in rest]
         stray = _kept.outer(sides) & ~keep
         if stray.any():
             counts = [int(stray.any(axis=other).sum()) for other in rest]

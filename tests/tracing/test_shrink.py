@@ -4,12 +4,15 @@ Mutations that these tests catch: custom derivatives inlined, a batch size baked
 masks read at one shape only, moments cut along another axis than their parameter.
 """
 
+import collections
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from jax import export
+from jax.extend.core import jaxprs_in_params
 
 import jprune
 from tests.tracing import law, nets
@@ -127,6 +130,34 @@ def test_shrunk_again(build):
         keeps = law.removals(units, seed, keep=0.7)
         assert not all(keep.all() for keep in keeps)
         fn, params = law.check(fn, params, net.inputs, keeps, units)
+
+
+def primitives(jaxpr):
+    """How often each primitive stands in a jaxpr and those inside it."""
+    counts = collections.Counter()
+    for eqn in jaxpr.eqns:
+        inner = list(jaxprs_in_params(eqn.params))
+        for other in inner:
+            counts += primitives(other)
+        if not inner:
+            counts[eqn.primitive.name] += 1
+    return counts
+
+
+@pytest.mark.parametrize(
+    "build",
+    [nets.resnet_basic, nets.densenet, nets.group_norm, nets.vit, nets.scanned],
+    ids=lambda build: build.__name__,
+)
+def test_no_operation_is_added(build):
+    """Heads, flattened images and concatenations need no gathers and no padding."""
+    net = build()
+    units = jprune.couplings(net.apply, net.variables, *net.inputs)
+    masks = jprune.units.expand(units, net.variables, law.removals(units))
+    fn, params = jprune.shrink(net.apply, net.variables, masks, *net.inputs)
+    before = jax.make_jaxpr(net.apply)(net.variables, *net.inputs)
+    after = jax.make_jaxpr(fn)(params, *net.inputs)
+    assert primitives(after.jaxpr) == primitives(before.jaxpr)
 
 
 def test_shapes_are_enough():

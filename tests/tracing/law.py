@@ -7,6 +7,15 @@ import numpy as np
 import jprune
 
 
+def compile_quickly(fn):
+    """Compiles without optimisations: a function runs once here."""
+    options = {
+        "xla_backend_optimization_level": 0,
+        "xla_llvm_disable_expensive_passes": True,
+    }
+    return jax.jit(fn, compiler_options=options)
+
+
 def removals(units, seed=0, keep=0.5):
     """Random decisions that remove something of every group, and leave something."""
     rng = np.random.default_rng(seed)
@@ -51,7 +60,7 @@ def check(apply_fn, params, inputs, keeps, units, *, mutable=None, compiled=True
         apply_fn, params, masks, *inputs, mutable=mutable
     )
     masked = jprune.apply_masks(params, masks)
-    jit = jax.jit if compiled else lambda fn: fn
+    jit = compile_quickly if compiled else lambda fn: fn
     (_, expected), grads = jit(objective(apply_fn))(masked, *inputs)
     (_, found), small_grads = jit(objective(small))(small_params, *inputs)
     assert_close(small.take(expected) if mutable else expected, found)

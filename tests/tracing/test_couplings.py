@@ -182,7 +182,7 @@ def test_sparse_training_of_channels():
     tx = jprune.rigl(0.5, units=lambda _: units, every=1, end=10, drop_fraction=0.4)
     state = tx.init(net.variables)
     grads = jax.tree.map(jnp.ones_like, net.variables)
-    update = jax.jit(tx.update)
+    update = law.compile_quickly(tx.update)
     for _ in range(3):
         _, state = update(grads, state, net.variables)
     alive = jprune.units.living(units, net.variables, jprune.masks_of(state))
@@ -241,7 +241,6 @@ def test_a_matrix_of_one_leaf_on_both_sides():
 
 BRUTE = [
     nets.densenet,
-    nets.vgg,
     nets.resnet_basic,
     nets.mobilenet,
     nets.unet,
@@ -261,7 +260,7 @@ def test_zeroed_groups_have_no_gradient(build, monkeypatch):
     for module in (nets.nn, jax.nn):
         monkeypatch.setattr(module, "relu", jax.nn.silu)
     net, units = coupled(build)
-    grad = jax.jit(jax.grad(lambda v, x: jnp.sum(jnp.sin(net.apply(v, x)))))
+    grad = law.compile_quickly(jax.grad(lambda v, x: jnp.sum(jnp.sin(net.apply(v, x)))))
     (x,) = net.inputs
     before = slices_alive(grad(net.variables, x))
     for number, group in enumerate(units.groups):

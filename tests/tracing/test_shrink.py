@@ -119,7 +119,7 @@ def test_export_of_a_network_with_a_symbolic_batch():
 
 
 @pytest.mark.parametrize(
-    "build", [nets.shuffles, nets.decoder, nets.scanned], ids=lambda b: b.__name__
+    "build", [nets.shuffles, nets.scanned], ids=lambda b: b.__name__
 )
 def test_shrunk_again(build):
     """Twice by half is once by both masks."""

@@ -220,7 +220,7 @@ def dynamic(
             dense = storage in (Storage.LATENT, Storage.SOFT)
             return grads if dense else _clear(grads, state.masks)
         event = event_of(state.masks, step, state.key, params, grads, state.memory)
-        places = [group.leaf.place for group in event.units.groups]
+        places = [leaf.place for leaf in event.units.leaves]
         flat = jax.tree.leaves(grads)
         new = {
             place: value.astype(flat[place].dtype)

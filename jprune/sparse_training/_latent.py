@@ -193,12 +193,10 @@ def dynamic_network_surgery(
         leaves = [group.leaf for group in own.groups]
         table = c_rate if isinstance(c_rate, Mapping) else {"*": c_rate}
         rates = trees.lookup(table, leaves, 0.0, "c_rate")
+        magnitudes = units_lib.pool(own, scores.magnitude(params))
         found = []
-        for group, rate in zip(own.groups, rates, strict=True):
-            weight = jax.tree.leaves(params)[group.leaf.place]
-            pooled = group.pool(jnp.abs(weight), own.how)
-            axis = group.stack
-            others = tuple(i for i in range(pooled.ndim) if i != axis)
+        for group, rate, pooled in zip(own.groups, rates, magnitudes, strict=True):
+            others = tuple(i for i in range(pooled.ndim) if i != group.stack)
             level = pooled.mean(others) + rate * pooled.std(others)
             found.append(jnp.maximum(level, 0).ravel())
         return jnp.concatenate(found)

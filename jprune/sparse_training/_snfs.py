@@ -68,7 +68,7 @@ def snfs(
 
     def start(units: Units, params: Params) -> list[Array]:
         leaves = jax.tree.leaves(params)
-        values = [leaves[group.leaf.place] for group in units.groups]
+        values = [leaves[leaf.place] for leaf in units.leaves]
         return [
             jnp.zeros_like(x, jnp.promote_types(x.dtype, jnp.float32)) for x in values
         ]

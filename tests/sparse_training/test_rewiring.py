@@ -261,3 +261,37 @@ def test_the_least_sensitive_weights_go():
     )
     _, state = method.update(grads, method.init(params), params)
     assert state.masks["kernel"].tolist() == [[True, False, True, False]]
+
+
+@pytest.mark.parametrize("name", ["rigl", "gradual_magnitude", "dpf"])
+def test_networks_trained_over_coupled_channels_shrink(name):
+    params, batch = references.problem(seed=17)
+    params = jax.tree.map(jnp.asarray, params)
+
+    def apply_fn(params, x):
+        hidden = jnp.tanh(x @ params["fc0"]["kernel"] + params["fc0"]["bias"])
+        return hidden @ params["fc1"]["kernel"] + params["fc1"]["bias"]
+
+    def channels(params):
+        return jprune.couplings(apply_fn, params, batch[0])
+
+    method = {
+        "rigl": lambda: jprune.rigl(0.5, every=5, end=50, units=channels),
+        "gradual_magnitude": lambda: jprune.gradual_magnitude(
+            0.5, end=40, every=10, units=channels
+        ),
+        "dpf": lambda: jprune.dpf(0.5, end=40, every=10, units=channels),
+    }[name]()
+    _, values, history, _ = run(method, params, batch)
+    masks = {x: {"kernel": jnp.asarray(m)} for x, m in history[-1].items()}
+    for x, own in masks.items():
+        # The bias of a channel lives as long as the channel.
+        alive = own["kernel"].any(0) if x == "fc0" else jnp.ones(6, bool)
+        own["bias"] = alive
+    trained = {
+        x: {**own, "kernel": jnp.asarray(values[x][-1])} for x, own in params.items()
+    }
+    small, small_params = jprune.shrink(apply_fn, trained, masks, batch[0])
+    assert small_params["fc0"]["kernel"].shape == (10, 8)
+    expected = apply_fn(jprune.apply_masks(trained, masks), batch[0])
+    np.testing.assert_allclose(small(small_params, batch[0]), expected, atol=1e-12)

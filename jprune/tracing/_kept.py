@@ -40,8 +40,8 @@ class Kept:
     def positions(self, value: Value) -> tuple[Positions, ...]:
         """Returns the positions along each axis at which a value is held.
 
-        Where labels vary along several axes and what is kept is no box, the value is
-        held in full, with zeros for what is removed.
+        Where labels vary along several axes, that is the smallest box around what is
+        kept, and what is removed has any values in it.
         """
         found: list[Positions] = [
             _positions(self.mask(dim.ids)) if isinstance(dim, Labels) else None
@@ -49,13 +49,9 @@ class Kept:
         ]
         if value.joint is not None:
             mask = self.mask(value.joint.ids)
-            sides: list[Any] = [
-                mask.any(axis=tuple(j for j in range(mask.ndim) if j != i))
-                for i in range(mask.ndim)
-            ]
-            if np.array_equal(outer(sides), mask):
-                for axis, side in zip(value.joint.axes, sides, strict=True):
-                    found[axis] = _positions(side)
+            for place, axis in enumerate(value.joint.axes):
+                rest = tuple(i for i in range(mask.ndim) if i != place)
+                found[axis] = _positions(mask.any(axis=rest))
         return tuple(found)
 
     def shape(self, value: Value) -> tuple[Any, ...]:
@@ -90,7 +86,7 @@ def outer(sides: Sequence[Any]) -> np.ndarray:
     return box
 
 
-def _positions(mask: np.ndarray) -> Positions:
+def _positions(mask: Any) -> Positions:
     return None if mask.all() else np.flatnonzero(mask)
 
 
@@ -123,11 +119,3 @@ def scatter(array: Array, axis: int, kept: Positions, size: int) -> Array:
     index = np.full(size, len(kept))
     index[kept] = np.arange(len(kept))
     return take(padded, axis, index)
-
-
-def in_full(array: Array, value: Value, kept: Sequence[Positions]) -> Array:
-    """Returns an array in full along all axes."""
-    for axis, own in enumerate(kept):
-        if own is not None:
-            array = scatter(array, axis, own, value.shape[axis])
-    return array

@@ -60,10 +60,13 @@ def entries(group, unit):
     ids=lambda x: getattr(x, "__name__", x),
 )
 def test_pooling_against_loops(build, how):
-    """In a residual network a kernel has a channel on both of its sides."""
     net, units = coupled(build, how=how)
     values = {leaf.path: leaf.value for leaf in jprune.trees.leaves_of(net.variables)}
     pooled = jprune.units.pool(units, net.variables)
+    check_pooled(units, pooled, values, how)
+
+
+def check_pooled(units, pooled, values, how):
     for group, scores in zip(units.groups, pooled, strict=True):
         assert scores.shape == group.shape == group.sizes.shape
         for unit in range(group.shape[0]):
@@ -233,6 +236,9 @@ def test_a_matrix_of_one_leaf_on_both_sides():
     units = jprune.couplings(apply_fn, params, x)
     assert [group.shape for group in units.groups] == [(5,)]
     assert units.groups[0].sizes.tolist() == [3 + 9 + 2] * 5
+    for how in HOW:
+        pooled = jprune.units.pool(units._replace(how=how), params)
+        check_pooled(units, pooled, params, how)
     law.check(apply_fn, params, (x,), law.removals(units), units)
 
 

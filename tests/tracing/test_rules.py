@@ -60,6 +60,12 @@ def a_constant_before_a_sum(p, x):
     return jnp.cos(x @ p["a"] + p["c"]).sum(1)
 
 
+@case()
+def a_constant_before_a_contraction_with_another(p, x):
+    h = jnp.cos(x @ p["a"])
+    return h @ h.T
+
+
 @case(1, 6)
 def a_gate_that_is_half(p, x):
     h = x @ p["a"]
@@ -185,6 +191,11 @@ def padded_between_and_cut_off(p, x):
 def a_row_of_padding(p, x):
     h = jnp.tanh(jnp.pad(x @ p["a"], [(1, 1), (0, 0)]))
     return h @ p["b"]
+
+
+@case()
+def a_row_of_padding_that_is_summed(p, x):
+    return jnp.pad(x @ p["a"], [(1, 1), (0, 0)], constant_values=1.0).sum(1)
 
 
 @case(5)
@@ -337,6 +348,24 @@ def rows_that_are_written(p, x):
 @case()
 def channels_that_are_written(p, x):
     return (x @ p["a"]).at[:, jnp.argmax(x[0])].set(1.0) @ p["b"]
+
+
+@case()
+def channels_at_computed_indices(p, x):
+    return (x @ p["a"])[:, jnp.argmax(x, axis=1)] + x[:, :1]
+
+
+@case()
+def windows_at_computed_indices(p, x):
+    def window(row, i):
+        return lax.dynamic_slice(row, (i,), (2,))
+
+    return jax.vmap(window)(x @ p["a"], jnp.argmax(x, axis=1))
+
+
+@case()
+def a_window_at_a_computed_index(p, x):
+    return lax.dynamic_slice_in_dim(x @ p["a"], jnp.argmax(x[0]), 2, axis=1)
 
 
 # Control flow.

@@ -63,6 +63,7 @@ def _member(
 
 
 def group_of(members: tuple[Member, ...], layout: Layouts) -> Group:
+    """Returns the group of units that have the given members."""
     leaves = {member.leaf.place: member.leaf for member in members}
     first = _first(members)
     ordered = [first, *(leaf for leaf in leaves.values() if leaf is not first)]

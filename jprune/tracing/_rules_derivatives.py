@@ -6,7 +6,7 @@ network and analysed as any other function, when a derivative is taken.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from jprune.tracing._interpreter import Frame, Passed, Step, evaluate, rule
 from jprune.tracing._jax_api import JaxprEqn
 from jprune.tracing._kept import Kept
 from jprune.tracing._rules_control import analyse_inner
-from jprune.tracing._values import Fixed, Free, Labels, Value
+from jprune.tracing._values import Fixed, Labels, Value
 
 
 def _rerun(
@@ -90,32 +90,24 @@ def _no_tangent(shape: Sequence[int]) -> np.ndarray:
 
 def _tangent(value: Value) -> Value:
     """What is known of a tangent: where the value is a constant, it is 0."""
-    dims = [
-        dim
-        if isinstance(dim, Fixed)
-        else dataclasses.replace(dim, background=dim.background * 0)
-        for dim in value.dims
-    ]
-    joint = value.joint
-    if joint is not None:
-        joint = dataclasses.replace(joint, background=joint.background * 0)
-    return Value(value.aval, tuple(dims), joint)
+    return _with_backgrounds(value, lambda x: np.where(np.isnan(x), np.nan, 0.0))
 
 
 def _cotangent(value: Value) -> Value:
     """What is known of a cotangent: nothing reads what is removed, so it is 0."""
-    dims = [
-        dataclasses.replace(dim, background=dim.background * 0)
-        if isinstance(dim, Free)
-        else dim
-        if isinstance(dim, Fixed)
-        else Labels(dim.ids, np.zeros(dim.ids.size))
-        for dim in value.dims
-    ]
-    joint = value.joint
-    if joint is not None:
-        joint = dataclasses.replace(joint, background=np.zeros(joint.ids.shape))
-    return Value(value.aval, tuple(dims), joint)
+    return _with_backgrounds(value, np.zeros_like)
+
+
+def _with_backgrounds(value: Value, change: Callable[..., np.ndarray]) -> Value:
+    """Returns the value with other backgrounds, and unknown."""
+
+    def changed(labels: Any) -> Any:
+        if labels is None or isinstance(labels, Fixed):
+            return labels
+        return dataclasses.replace(labels, background=change(labels.background))
+
+    dims = tuple(map(changed, value.dims))
+    return Value(value.aval, dims, changed(value.joint))
 
 
 def _with_jvp(kept: Kept, step: Step, *operands: Any) -> Sequence[Any]:

@@ -139,6 +139,11 @@ def matcher(
     name: str,
     default: Callable[[trees.Leaf], bool],
 ) -> Callable[[trees.Leaf], bool]:
+    """Returns the predicate on leaves that patterns, a predicate or None mean.
+
+    Raises:
+        ValueError: a pattern matches none of ``leaves``; the message holds ``name``.
+    """
     if given is None:
         return default
     if callable(given):

@@ -13,6 +13,7 @@ import pytest
 import jprune
 from jprune import sparse_training
 from tests.sparse_training import references
+from tests.sparse_training.test_reference import kernels, loss_fn
 
 STEPS, RATE = 60, 0.1
 
@@ -21,12 +22,6 @@ STEPS, RATE = 60, 0.1
 def float64():
     with jax.enable_x64(True):
         yield
-
-
-def loss_fn(params, batch):
-    x, y = batch
-    h = jnp.tanh(x @ params["fc0"]["kernel"] + params["fc0"]["bias"])
-    return jnp.mean((h @ params["fc1"]["kernel"] + params["fc1"]["bias"] - y) ** 2)
 
 
 def run(method, params, batch, *, after=None, sparse_start=False):
@@ -57,10 +52,6 @@ def run(method, params, batch, *, after=None, sparse_start=False):
     (params, state), (values, masks) = scan((params, state))
     history = [kernels(jax.tree.map(lambda m, t=t: m[t], masks)) for t in range(STEPS)]
     return begin, kernels(values), history, state
-
-
-def kernels(tree):
-    return {layer: np.asarray(own["kernel"]) for layer, own in tree.items()}
 
 
 def descend(params, batch, masks, next_masks, rule=None, *, see=True):

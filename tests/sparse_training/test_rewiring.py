@@ -14,11 +14,10 @@ from tests.sparse_training.test_latent import (
     RATE,
     STEPS,
     kept,
-    kernels,
     largest_of_all,
     run,
 )
-from tests.sparse_training.test_reference import shared
+from tests.sparse_training.test_reference import kernels, shared
 
 
 @pytest.fixture(autouse=True)

@@ -2,13 +2,13 @@
 
 import jax.numpy as jnp
 import optax
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray
 
 from jprune import allocation as allocation_lib
 from jprune.allocation import Allocation
 from jprune.pruning import Sparsity
 from jprune.sparse_training import _dynamic, _rules, _timing
-from jprune.sparse_training._rules import Dropped, Event
+from jprune.sparse_training._rules import Event
 from jprune.types import Masks, Prunable
 
 
@@ -59,11 +59,10 @@ def set_(
     """
     return _dynamic.dynamic(
         sparsity,
-        drop=_drop_within_room,
-        grow=_rules.anywhere,
+        drop=_rules.smallest_of_each_sign,
+        grow=_elsewhere,
         fraction=zeta,
         due=_timing.every(every, end=end),
-        regrow=False,
         allocation=allocation or allocation_lib.erdos_renyi(),
         units=units,
         prunable=prunable,
@@ -72,17 +71,15 @@ def set_(
     )
 
 
-def _drop_within_room(event: Event) -> Dropped:
-    """Drops no more of a layer than it has room to grow elsewhere."""
-    keeps, _, memory = _rules.smallest_of_each_sign(event)
-    living = event.counts(event.living)
-    room = jnp.asarray(event.layer_sizes(), living.dtype) - living
-    dropped = [alive & ~keep for alive, keep in zip(event.living, keeps, strict=True)]
-    lost = event.counts(dropped)
-    short = jnp.maximum(lost - room, 0)
-    back = event.top(_rules.magnitudes(event), dropped, short)
-    keeps = [keep | stays for keep, stays in zip(keeps, back, strict=True)]
-    return Dropped(keeps, lost - short, memory)
+def _elsewhere(event: Event) -> list[Array]:
+    """Grows at random where nothing lived, and only then what was just dropped."""
+    parts = zip(
+        event.living, _rules.magnitudes(event), _rules.anywhere(event), strict=True
+    )
+    return [
+        jnp.where(lived, magnitude / (1 + magnitude), 1 + draw)
+        for lived, magnitude, draw in parts
+    ]
 
 
 def set_itop(

@@ -47,7 +47,7 @@ from jprune.sparse_training import (
     straight_through,
     top_kast,
 )
-from jprune.tracing import couplings, shrink
+from jprune.tracing import cost, couplings, shrink
 
 __version__ = "0.1.0"
 
@@ -56,6 +56,7 @@ __all__ = [
     "allocation",
     "apply_masks",
     "check",
+    "cost",
     "couplings",
     "deep_r",
     "dpf",

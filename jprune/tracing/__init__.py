@@ -1,4 +1,4 @@
-"""What a network is, read from its jaxpr: couplings of channels, and shrinking.
+"""What a network is, read from its jaxpr: couplings of channels, shrinking, costs.
 
 The only code that reads jaxprs. A function of JAX is traced and interpreted with one
 table of rules for primitives, so no model needs hooks or annotations::
@@ -20,7 +20,20 @@ from jprune.tracing import (  # noqa: F401
     _rules_reshape,
 )
 from jprune.tracing._channels import summary
+from jprune.tracing._costs import Cost, Row, cost, training_flops
 from jprune.tracing._couplings import couplings
 from jprune.tracing._shrink import Shrunk, shrink
+from jprune.tracing._width_costs import WidthCost, cost_of_widths
 
-__all__ = ["Shrunk", "couplings", "shrink", "summary"]
+__all__ = [
+    "Cost",
+    "Row",
+    "Shrunk",
+    "WidthCost",
+    "cost",
+    "cost_of_widths",
+    "couplings",
+    "shrink",
+    "summary",
+    "training_flops",
+]

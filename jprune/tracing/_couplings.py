@@ -84,7 +84,7 @@ def couplings(
     if how not in _HOW:
         raise ValueError(f"how: {how!r} is none of {_HOW}")
     still = _trace.matcher(
-        statistics, trees.leaves_of(params), "statistics", _is_statistic
+        statistics, trees.leaves_of(params), "statistics", is_statistic
     )
 
     def background(leaf: trees.Leaf, axis: int) -> np.ndarray:
@@ -104,7 +104,8 @@ def couplings(
     return Units(groups, how, least=1, tree=trees.shapes_of(params), pinned=pinned)
 
 
-def _is_statistic(leaf: trees.Leaf) -> bool:
+def is_statistic(leaf: trees.Leaf) -> bool:
+    """Whether a leaf is, by its name or dtype, no trained parameter."""
     names = leaf.path.split("/")
     named = "batch_stats" in names or names[-1] in _STATISTICS
     return named or not trees.is_inexact(leaf.value)

@@ -74,6 +74,14 @@ class VGG16(nn.Module):
         return nn.Dense(10 if self.cifar else 1000, name="classifier.6")(x)
 
 
+def vgg_layers(variables):
+    """The names of the layers with kernels, in the order of evaluation."""
+    found = [key for key, own in variables["params"].items() if "kernel" in own]
+    return sorted(
+        found, key=lambda key: (key.startswith("classifier"), int(key.split(".")[1]))
+    )
+
+
 class CifarResNet(nn.Module):
     """ResNet-56 and ResNet-110 for CIFAR-10: shortcuts without parameters."""
 

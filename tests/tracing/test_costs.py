@@ -143,14 +143,15 @@ def test_several_leaves_side_by_side_are_charged_by_size():
 
 
 def test_leaves_that_are_mixed_have_a_row_of_their_own():
-    """W + A B: the product A B too is of both, and a mask of W leaves the sum dense."""
+    """W + A B: the product A B is of both too, and one mask leaves the sum dense."""
     params = {"w": struct(6, 5), "a": struct(6, 2), "b": struct(2, 5)}
 
     def fn(p, x):
         return x @ (p["w"] + p["a"] @ p["b"])
 
-    masks = {"w": np.zeros((6, 5), bool), "a": np.True_, "b": np.True_}
-    for options in ({}, {"masks": masks}):
+    none = {"w": np.True_, "a": np.True_, "b": np.True_}
+    masks = [none | {name: np.zeros((1, 1), bool)} for name in none]
+    for options in ({}, *({"masks": own} for own in masks)):
         found = macs(fn, params, struct(3, 6), **options)
         assert found == {"a + b": 6 * 2 * 5, "a + b + w": 3 * 6 * 5}
 
@@ -205,23 +206,37 @@ def test_a_loop_counts_as_often_as_it_turns():
     assert macs(fn, params, x, masks=masks) == {"cell": 3 * 50, "stack": 2 * 50}
 
 
-def test_loops_in_loops_and_what_a_carry_becomes():
-    """The carry is a constant, then a product of parameters, then data."""
-    params = {"w": struct(4, 4)}
-
+def test_loops_in_loops():
     def fn(p, x):
         def inner(h, _):
             return h @ p["w"], None
 
-        def step(carry, row):
-            early, late = carry
-            early = late @ jnp.eye(4) + lax.scan(inner, early, None, length=2)[0]
-            return (early, row[None] + late), None
+        def step(h, row):
+            return row[None] + lax.scan(inner, h, None, length=2)[0], None
 
+        return lax.scan(step, jnp.zeros((1, 4)), x)[0]
+
+    assert macs(fn, {"w": struct(4, 4)}, struct(3, 4)) == {"w": 3 * 2 * 16}
+
+
+@pytest.mark.parametrize("loop", ["scan", "while"])
+def test_what_a_carry_becomes(loop):
+    """Data needs three turns to get to the product."""
+
+    def step(carry, x):
+        a, b, c = carry
+        return (b, c, x), a @ a.T
+
+    def fn(p, x):
         zeros = jnp.zeros((1, 4))
-        return lax.scan(step, (zeros, zeros), x)[0]
+        if loop == "scan":
+            return lax.scan(lambda carry, _: step(carry, x), (zeros,) * 3, None, 7)[1]
+        body = lambda carry: step(carry[0], x)  # noqa: E731
+        init = ((zeros,) * 3, zeros @ zeros.T)
+        return lax.while_loop(lambda carry: carry[1].sum() < 9, body, init)
 
-    assert macs(fn, params, struct(3, 4)) == {"w": 3 * 2 * 16, "constants": 3 * 16}
+    found = macs(fn, {"w": struct(1)}, struct(1, 4))
+    assert found[ACTIVATIONS] == {"scan": 7 * 4, "while": 4}[loop]
 
 
 def test_a_kernel_in_a_carry_stays_one():
@@ -468,6 +483,29 @@ def test_the_gradient_by_widths_of_a_residual_network():
             step = np.eye(len(widths))[place] * 1e-4
             up, down = (of_widths(widths + sign * step).macs for sign in (1, -1))
             np.testing.assert_allclose(found[place], (up - down) / 2e-4, rtol=1e-6)
+
+
+def test_widths_inside_loops_and_branches():
+    """Turns multiply, a while counts once, the dearest branch counts: as in cost."""
+
+    def fn(p, x):
+        h = jnp.tanh(x @ p["in"])
+        h = lax.scan(lambda h, _: (jnp.tanh(h @ p["loop"]), None), h, None, length=3)[0]
+        h = lax.while_loop(
+            lambda h: h.sum() < 9, lambda h: jax.jit(jnp.matmul)(h, p["loop"]), h
+        )
+        once = lambda h: h @ p["out"]  # noqa: E731
+        twice = lambda h: (h @ p["loop"]) @ p["out"]  # noqa: E731
+        return lax.cond(x.sum() > 0, once, twice, h)
+
+    params = {"in": struct(3, 6), "loop": struct(6, 6), "out": struct(6, 2)}
+    x = struct(5, 3)
+    units = jprune.couplings(fn, params, x)
+    of_widths = tracing.cost_of_widths(units, fn, params, x)
+    dense = jprune.cost(fn, params, x)
+    assert of_widths([6]) == (dense.macs, dense.parameters)
+    by_hand = lambda w: 5 * (3 * w + (3 + 1 + 1) * w * w + 2 * w)  # noqa: E731
+    assert of_widths([6]).macs == by_hand(6) and of_widths([4]).macs == by_hand(4)
 
 
 def test_widths_can_be_learnt_to_a_budget():

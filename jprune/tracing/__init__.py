@@ -20,14 +20,14 @@ from jprune.tracing import (  # noqa: F401
     _rules_reshape,
 )
 from jprune.tracing._channels import summary
-from jprune.tracing._costs import Cost, Row, cost, training_flops
+from jprune.tracing._costs import Cost, CostRow, cost, training_flops
 from jprune.tracing._couplings import couplings
 from jprune.tracing._shrink import Shrunk, shrink
 from jprune.tracing._width_costs import WidthCost, cost_of_widths
 
 __all__ = [
     "Cost",
-    "Row",
+    "CostRow",
     "Shrunk",
     "WidthCost",
     "cost",

@@ -46,16 +46,14 @@ class Contraction(NamedTuple):
         outputs: the entries of its results, likewise.
         itemsize: the bytes of an entry of its result.
         pieces: what it is charged to; empty if neither side is made of parameters.
-        data: whether an operand depends on an input.
-        two_sided: whether both operands do.
+        of_data: whether both operands depend on an input.
     """
 
     macs: int
     outputs: int
     itemsize: int
     pieces: Pieces
-    data: bool
-    two_sided: bool
+    of_data: bool
 
 
 def is_contraction(eqn: JaxprEqn) -> bool:
@@ -176,9 +174,9 @@ class Walk:
         if name == "cond":
             runs = [self.run(b, ins[1:], times) for b in eqn.params["branches"]]
             outs = [
-                join(options) for options in zip(*(r[0] for r in runs), strict=True)
+                _join(options) for options in zip(*(r[0] for r in runs), strict=True)
             ]
-            return outs, max((r[1] for r in runs), key=total_macs)
+            return outs, max((r[1] for r in runs), key=_total_macs)
         if name not in RULES and self.unknown != "free":
             module = _jax_api.module_of(eqn)
             raise NotImplementedError(
@@ -195,7 +193,7 @@ class Walk:
         while True:
             outs, _ = self.run(jaxpr, [*before, *carry, *after])
             pairs = zip(carry, outs, strict=False)
-            joined = [join(pair) for pair in pairs]
+            joined = [_join(pair) for pair in pairs]
             if all(map(_alike, carry, joined)):
                 return joined
             carry = joined
@@ -225,7 +223,7 @@ class Walk:
         return carry, [*test, *body]
 
 
-def total_macs(found: Iterable[Contraction]) -> int:
+def _total_macs(found: Iterable[Contraction]) -> int:
     """Returns the MACs of some contractions."""
     return sum(own.macs for own in found)
 
@@ -239,8 +237,7 @@ def _contraction(eqn: JaxprEqn, lhs: Origin, rhs: Origin, times: int) -> Contrac
         outputs=math.prod(out.shape) * times,
         itemsize=out.dtype.itemsize,
         pieces=charged.pieces,
-        data=lhs.data or rhs.data,
-        two_sided=lhs.data and rhs.data,
+        of_data=lhs.data and rhs.data,
     )
 
 
@@ -258,11 +255,12 @@ def _mixed(eqn: JaxprEqn, ins: Sequence[Origin]) -> Origin:
     if eqn.primitive.name in ("mul", "div") and made:
         # A scale, as of weight normalisation, has no operations of its own, and what
         # it scales stays zero where it was.
-        return max(made, key=_size)
+        most = max(map(_size, made))
+        made = [value for value in made if _size(value) == most]
     return _jointly(made)
 
 
-def join(values: Iterable[Origin]) -> Origin:
+def _join(values: Iterable[Origin]) -> Origin:
     """Returns what may be any of some values."""
     values = list(values)
     same = all(_alike(values[0], value) for value in values)

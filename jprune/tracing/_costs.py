@@ -19,7 +19,7 @@ ACTIVATIONS = "activations x activations"
 CONSTANTS = "constants"
 
 
-class Row(NamedTuple):
+class CostRow(NamedTuple):
     """The cost of a leaf, or of what is reported beside the leaves.
 
     Attributes:
@@ -53,7 +53,7 @@ class Cost(NamedTuple):
             ``"constants"`` (products in which no parameter takes part).
     """
 
-    rows: Mapping[str, Row]
+    rows: Mapping[str, CostRow]
 
     @property
     def parameters(self) -> int:
@@ -109,8 +109,8 @@ class Cost(NamedTuple):
         rows: list[tuple[str, ...]] = [header]
         for path, row in self.rows.items():
             rows.append(_printed(path, str(row.shape) if row.shape else "", row))
-        total = [self._total(name) for name in Row._fields[1:]]
-        rows.append(_printed("total", "", Row((), *total)))
+        total = [self._total(name) for name in CostRow._fields[1:]]
+        rows.append(_printed("total", "", CostRow((), *total)))
         widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
         return "\n".join(
             "  ".join(
@@ -121,7 +121,7 @@ class Cost(NamedTuple):
         )
 
 
-def _printed(path: str, shape: str, row: Row) -> tuple[str, ...]:
+def _printed(path: str, shape: str, row: CostRow) -> tuple[str, ...]:
     macs = f"{row.macs:,}"
     if row.macs != row.dense_macs:
         macs += f" ({row.macs / row.dense_macs:.1%})"
@@ -152,10 +152,12 @@ def cost(
     charged to the parameters it multiplies by. Where these are several leaves side by
     side in one array, as the concatenated kernels of an LSTM, it is divided among them
     by size; where they are mixed, as in ``W + A @ B``, it has a row of its own; a leaf
-    that only scales another, as in weight normalisation, is charged nothing.
+    that only scales a larger one, as in weight normalisation, is charged nothing.
+    Kernels that are looked up by data are data.
+
     **FLOPs** are two for each MAC. Biases, norms, activation functions, pooling and
-    look-ups are not counted; one operation for each entry of :attr:`Row.outputs` is a
-    usual estimate for a bias or an activation function.
+    look-ups are not counted; a bias or an activation function takes about one operation
+    for each of the ``outputs``.
 
     What a ``scan`` does counts as often as it does it, what a ``while`` does counts
     once, for the number of its turns is not known, and of the branches of a ``cond``
@@ -163,11 +165,12 @@ def cost(
     activations and cotangents are activations x activations.
 
     With **masks**, the parameters and MACs of a leaf are counted at the density of its
-    own mask, which must be in the masks of all leaves that a removed channel touches if
-    it is to be seen there, as it is in masks from :func:`couplings`. A row of several
+    own mask. So a removed channel saves the products that read it only if the masks of
+    the next layer say so too, as masks from :func:`couplings` do. A row of several
     leaves stays dense. MACs are exact where every weight is used equally often, as in
-    all but a transposed convolution, and rounded to whole ones there. Outputs keep
-    their size; that of a smaller network is the cost of what :func:`shrink` returns.
+    all but a transposed convolution, where they are rounded. Outputs keep their size;
+    those of a smaller network, and products of activations with fewer channels, are in
+    the cost of what :func:`shrink` returns.
 
     Args:
         fn: ``(params, *inputs) -> outputs``.
@@ -212,7 +215,7 @@ def cost(
     for leaf, living in zip(leaves, kept, strict=True):
         itemsize = _jax_api.aval(variables[leaf.place]).dtype.itemsize
         counts = not still(leaf)
-        rows[leaf.path] = Row(
+        rows[leaf.path] = CostRow(
             shape=leaf.shape,
             parameters=living * counts,
             bytes=living * itemsize,
@@ -220,18 +223,18 @@ def cost(
         )
     for own in found:
         for path, row in _charges(own, leaves, kept):
-            before = rows.get(path, Row(()))
+            before = rows.get(path, CostRow(()))
             sums = map(operator.add, before[1:], row[1:])
-            rows[path] = Row(before.shape, *sums)
+            rows[path] = CostRow(before.shape, *sums)
     return Cost(rows)
 
 
 def _charges(
     own: Contraction, leaves: Sequence[trees.Leaf], kept: Sequence[int]
-) -> list[tuple[str, Row]]:
+) -> list[tuple[str, CostRow]]:
     """Returns what a contraction adds to which rows."""
     if not own.pieces:
-        path = ACTIVATIONS if own.two_sided else CONSTANTS
+        path = ACTIVATIONS if own.of_data else CONSTANTS
         pieces = {path: (1, 1, 1)}
     else:
         pieces = {}
@@ -246,7 +249,7 @@ def _charges(
     return [
         (
             path,
-            Row(
+            CostRow(
                 shape=(),
                 macs=_fraction(n, alive, of),
                 outputs=out,

@@ -168,6 +168,28 @@ def test_a_scale_is_charged_nothing():
     assert macs(fn, params, struct(3, 4), masks=masks) == {"v": 3 * 6}
 
 
+def test_factors_of_one_size_are_mixed():
+    params = {"u": struct(4, 6), "v": struct(4, 6)}
+    found = macs(lambda p, x: x @ (p["u"] * p["v"]), params, struct(3, 4))
+    assert found == {"u + v": 3 * 24}
+
+
+def test_what_is_looked_up_is_data():
+    """An embedding has no products; experts chosen by data are activations."""
+
+    def fn(p, ids):
+        x = p["embedding"][ids] @ p["kernel"]
+        return jnp.einsum("ni,nij->nj", x, p["experts"][ids])
+
+    params = {
+        "embedding": struct(9, 4),
+        "experts": struct(9, 5, 6),
+        "kernel": struct(4, 5),
+    }
+    found = macs(fn, params, struct(7, dtype=jnp.int32))
+    assert found == {"kernel": 7 * 20, ACTIVATIONS: 7 * 30}
+
+
 def test_what_no_parameter_takes_part_in():
     def fn(p, x):
         table = jnp.cos(jnp.arange(4.0))[:, None] * jnp.arange(3.0)

@@ -157,6 +157,21 @@ def test_rigls_published_table(rigl, kind):
         assert round(ratio, 2) == printed[sparsity]
 
 
+def test_a_backward_pass_costs_two_forward_passes():
+    """What RigL's accounting of training assumes; of images there is no gradient.
+
+    The gradients by inputs of strided convolutions have holes, those by kernels do not.
+    """
+    variables, x = wide.shapes(wide.resnet18, 224)
+
+    def loss(variables, x):
+        return jnp.sum(wide.resnet18.apply(variables, x) ** 2)
+
+    forward = jprune.cost(loss, variables, x)
+    training = jprune.cost(jax.grad(loss), variables, x)
+    assert training.macs == 3 * forward.macs - forward.rows["params/conv1/kernel"].macs
+
+
 # Torch-Pruning's counts.
 #
 # Its counter adds to the MACs of convolutions and products: 1 for each output of a

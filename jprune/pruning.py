@@ -250,19 +250,15 @@ def _choose(
             normalize(score) if axis is None else jax.vmap(normalize, axis, axis)(score)
             for score, axis in zip(scores, stacks, strict=True)
         ]
-    if living is not None:
-        # NaN ranks below every score, also below minus infinity.
-        scores = [
-            jnp.where(alive, _floating(score), jnp.nan)
-            for score, alive in zip(scores, living, strict=True)
-        ]
     if floors is not None:
-        safe = selection.select(scores, floors, stacks=stacks)
+        safe = selection.select(scores, floors, stacks=stacks, among=living)
         scores = [
             jnp.where(best, jnp.inf, _floating(score))
             for score, best in zip(scores, safe, strict=True)
         ]
-    return selection.select(scores, counts, together=together, stacks=stacks)
+    return selection.select(
+        scores, counts, together=together, stacks=stacks, among=living
+    )
 
 
 def _floating(score: Array) -> Array:

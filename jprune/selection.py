@@ -134,6 +134,7 @@ def select(
     *,
     together: bool = False,
     stacks: Sequence[int | None] | None = None,
+    among: Sequence[Bool[Array, "..."]] | None = None,
 ) -> list[Bool[Array, "..."]]:
     """Returns the masks of the largest entries of several arrays, in one search.
 
@@ -150,6 +151,7 @@ def select(
             else one for each array or, in order, for each layer of a stack.
         together: whether all arrays are one group.
         stacks: for each array, the axis along which it is a stack of layers, or None.
+        among: for each array, which entries may survive; the others rank as NaN.
 
     Raises:
         ValueError: ``keep`` has another length than there are groups, or there are 2^31
@@ -161,6 +163,10 @@ def select(
         [[False, True], [False, True]]
         >>> [mask.tolist() for mask in select([a, b], jnp.array([0, 2]))]
         [[False, False], [True, True]]
+        >>> alive = jnp.array([True, False]), jnp.array([True, False])
+        >>> masks = select([a, b], jnp.array([1]), together=True, among=alive)
+        >>> [mask.tolist() for mask in masks]
+        [[False, False], [True, False]]
     """
     stacks = [None] * len(scores) if stacks is None or together else list(stacks)
     total = sum(math.prod(np.shape(score)) for score in scores)
@@ -182,6 +188,8 @@ def select(
     if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32:
         dtype = jnp.float32
     ranks = [_rank(jnp.asarray(score, dtype)) for score in scores]
+    if among is not None:
+        ranks = [_among(a, b) for a, b in zip(ranks, among, strict=True)]
     if jax.device_count() > 1:
         return _select_leaves(ranks, keep, together, stacks)
     if together:
@@ -542,6 +550,13 @@ def _rank(scores: Array) -> Int[Array, "..."]:
     infinity = np.asarray(np.inf, scores.dtype).view(info.dtype)
     signed = jnp.where(bits < 0, -magnitude, magnitude)
     return jnp.where(magnitude > infinity, info.min, signed)
+
+
+def _among(ranks: Int[Array, "..."], eligible: Bool[Array, "..."]) -> Array:
+    """Returns ranks that are the lowest where entries are not eligible."""
+    # By bits, which vectorises better than a select.
+    barred = eligible.astype(ranks.dtype) - 1
+    return (ranks & ~barred) | (barred & jnp.iinfo(ranks.dtype).min)
 
 
 def _value(ranks: Int[Array, "..."]) -> Array:

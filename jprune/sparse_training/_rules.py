@@ -94,7 +94,7 @@ class Event(NamedTuple):
         counts: Int[Array, " layers"],
     ) -> list[Array]:
         """Returns the units with the largest scores in each layer, of some or all."""
-        return selection.select(_among(scores, among), counts, stacks=self.stacks)
+        return selection.select(scores, counts, stacks=self.stacks, among=among)
 
     def top_of_all(
         self,
@@ -103,7 +103,7 @@ class Event(NamedTuple):
         count: Int[Array, ""],
     ) -> list[Array]:
         """Returns the units with the largest scores of all layers, of some or all."""
-        return selection.select(_among(scores, among), count[None], together=True)
+        return selection.select(scores, count[None], together=True, among=among)
 
 
 class Dropped(NamedTuple):
@@ -118,14 +118,6 @@ class Dropped(NamedTuple):
     keeps: list[Array]
     gains: Int[Array, " layers"] | None = None
     memory: Any = None
-
-
-def _among(scores: Sequence[Array], among: Sequence[Array] | None) -> list[Array]:
-    if among is None:
-        return list(scores)
-    # NaN ranks below every score, so the others are not chosen.
-    pairs = zip(scores, among, strict=True)
-    return [jnp.where(some, score, jnp.nan) for score, some in pairs]
 
 
 def layers_kept(event: Event) -> Int[Array, " layers"]:

@@ -16,11 +16,13 @@ from jprune import (
     scores,
     selection,
     sparse_training,
+    storage,
     tracing,
     trees,
     types,
     units,
 )
+from jprune._version import __version__
 from jprune.masks import apply as apply_masks
 from jprune.pruning import prune, prune_iteratively
 from jprune.sparse_training import (
@@ -47,11 +49,11 @@ from jprune.sparse_training import (
     straight_through,
     top_kast,
 )
+from jprune.storage import load, load_shrunk, save
 from jprune.tracing import cost, couplings, shrink
 
-__version__ = "0.1.0"
-
 __all__ = [
+    "__version__",
     "ac_dc",
     "allocation",
     "apply_masks",
@@ -67,12 +69,15 @@ __all__ = [
     "granet",
     "gsm",
     "layouts",
+    "load",
+    "load_shrunk",
     "masks",
     "masks_of",
     "prune",
     "prune_iteratively",
     "rigl",
     "rigl_itop",
+    "save",
     "schedules",
     "scores",
     "selection",
@@ -85,6 +90,7 @@ __all__ = [
     "sparse_training",
     "sr_ste",
     "static",
+    "storage",
     "straight_through",
     "top_kast",
     "tracing",

@@ -30,6 +30,7 @@ def test_static_checks(command):
 
 def test_import_pulls_in_nothing_heavy():
     heavy = ["tensorflow_datasets", "orbax", "matplotlib", "sklearn", "flax", "chex"]
+    heavy += ["safetensors"]
     program = f"""
 import sys, time, jax, optax
 begin, before = time.perf_counter(), set(sys.modules)

@@ -58,12 +58,15 @@ def _replacing(path: Path) -> Iterator[str]:
     try:
         if os.path.isdir(path):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        made = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        mode = os.fstat(made).st_mode
+        os.close(made)
     except OSError as error:
         reason = f"path: the file cannot be written ({error.strerror})"
         raise OSError(error.errno, reason, path) from error
     try:
         yield partial
+        os.chmod(partial, mode)  # safetensors makes files that only their owner reads.
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)

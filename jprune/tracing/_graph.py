@@ -5,8 +5,6 @@ import itertools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from jprune.tracing._values import (
     FIXED,
@@ -68,10 +66,13 @@ class Graph:
         """Returns the number of the component of each label."""
         if not self.edges:
             return np.arange(self.size)
+        # Its import would be half of that of the whole library.
+        from scipy.sparse import coo_array, csgraph
+
         rows, columns = (np.concatenate(side) for side in zip(*self.edges, strict=True))
         ones = np.ones(rows.size, np.int8)
         graph = coo_array((ones, (rows, columns)), shape=(self.size, self.size))
-        return connected_components(graph, directed=False)[1]
+        return csgraph.connected_components(graph, directed=False)[1]
 
     def resolve(
         self, value: Value, prefer: Iterable[int] = (), avoid: Iterable[int] = ()

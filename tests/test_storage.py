@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 
+import equinox as eqx
 import hypothesis
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ import optax
 import pytest
 import safetensors
 import safetensors.numpy
+from flax import nnx
 from hypothesis import strategies as st
 
 import jprune
@@ -112,6 +114,26 @@ def test_arrays_of_jax_keep_every_dtype(path, dtype):
         found, masks = jprune.load(path, jprune.trees.shapes_of({"w": value}))
         assert_identical(found, {"w": value})
     assert masks["w"].shape == ()
+
+
+def test_arrays_of_the_other_byte_order_keep_their_values(path):
+    params = [np.arange(3.0).astype(">f4"), np.array([1 + 2j, 3j], ">c16")]
+    masks = [np.array([False, True, True]), np.array([True, False])]
+    jprune.save(path, params, masks=masks)
+    found, _ = jprune.load(path, params)
+    expected = [np.array([0, 1, 2], np.float32), np.array([1 + 2j, 0])]
+    assert_identical(found, expected)
+
+
+def test_containers_of_other_frameworks_come_back(path):
+    model = eqx.nn.MLP(2, 2, 3, 1, key=jax.random.key(0))
+    state = nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+    for params in (eqx.filter(model, eqx.is_array), state):
+        masks = jprune.prune(jprune.scores.magnitude(params), 0.5)
+        jprune.save(path, params, masks=masks)
+        found, found_masks = jprune.load(path, jax.eval_shape(lambda x=params: x))
+        assert_identical(found, jprune.apply_masks(params, masks))
+        assert_identical(found_masks, masks)
 
 
 def test_standard_dtypes_are_read_by_any_reader_of_safetensors(path):
@@ -236,7 +258,10 @@ def test_a_shrunk_network_comes_back_at_full_size(conv, path):
 
 
 def mlp(params, x):
-    return jnp.tanh(x @ params["a"]) @ params["b"]
+    hidden = jnp.tanh(x @ params["a"])
+    # A norm, for which the full width matters.
+    hidden /= jnp.sqrt(jnp.mean(hidden**2, -1, keepdims=True) + 0.1)
+    return hidden @ params["b"]
 
 
 def shrink_mlp(apply_fn, params, keep):
@@ -266,11 +291,13 @@ def test_what_was_shrunk_twice_is_loaded_with_the_first_function(path):
 
 
 def test_small_parameters_may_have_another_dtype_than_the_full(path):
-    params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+    params = {"a": jnp.ones((3, 4), jnp.bfloat16), "b": jnp.ones((4, 2), jnp.bfloat16)}
     small_fn, small = shrink_mlp(mlp, params, np.arange(4) > 0)
-    small = jax.tree.map(lambda x: x.astype(jnp.bfloat16), small)
+    small = jax.tree.map(lambda x: x.astype(jnp.float16), small)
     jprune.save(path, small, shrunk=small_fn)
-    assert_identical(jprune.load_shrunk(path, params, mlp)[1], small)
+    found_fn, found = jprune.load_shrunk(path, params, mlp)
+    assert_identical(found, small)
+    assert found_fn.tree == small_fn.tree == jprune.trees.shapes_of(params)
 
 
 # What goes wrong.

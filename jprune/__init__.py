@@ -50,7 +50,7 @@ from jprune.sparse_training import (
     top_kast,
 )
 from jprune.storage import load, load_shrunk, save
-from jprune.tracing import cost, couplings, shrink
+from jprune.tracing import cost, couplings, gate, intercept, shrink, taps
 
 __all__ = [
     "__version__",
@@ -65,9 +65,11 @@ __all__ = [
     "dsr",
     "dynamic_network_surgery",
     "forward_params",
+    "gate",
     "gradual_magnitude",
     "granet",
     "gsm",
+    "intercept",
     "layouts",
     "load",
     "load_shrunk",
@@ -92,6 +94,7 @@ __all__ = [
     "static",
     "storage",
     "straight_through",
+    "taps",
     "top_kast",
     "tracing",
     "trees",

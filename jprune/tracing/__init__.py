@@ -22,18 +22,27 @@ from jprune.tracing import (  # noqa: F401
 from jprune.tracing._channels import summary
 from jprune.tracing._costs import Cost, CostRow, cost, training_flops
 from jprune.tracing._couplings import couplings
+from jprune.tracing._intercept import intercept, sites
 from jprune.tracing._shrink import Shrunk, shrink
+from jprune.tracing._sites import Site
+from jprune.tracing._taps import cotangents, gate, taps
 from jprune.tracing._width_costs import WidthCost, cost_of_widths
 
 __all__ = [
     "Cost",
     "CostRow",
     "Shrunk",
+    "Site",
     "WidthCost",
     "cost",
     "cost_of_widths",
+    "cotangents",
     "couplings",
+    "gate",
+    "intercept",
     "shrink",
+    "sites",
     "summary",
+    "taps",
     "training_flops",
 ]

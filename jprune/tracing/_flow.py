@@ -81,22 +81,22 @@ def through(
     if name.startswith(("random_", "threefry")):
         return Flow()
     out = joined(flows)
-    axes: Axes | None = None
-    owner = None
     if name in _ELEMENTWISE:
         shape = _jax_api.result(eqn).shape
         owners = [
-            flow
+            (math.prod(shapes[flow.leaf]), flow)
             for atom, flow in zip(eqn.invars, flows, strict=True)
             if flow.leaf is not None and _jax_api.aval(atom).shape == shape
         ]
+        if not owners:
+            return out
         # Of a kernel and its scale, the kernel.
-        owner = max(owners, key=lambda own: math.prod(shapes[own.leaf]), default=None)
-        axes = owner and owner.axes
+        _, owner = max(owners, key=lambda own: own[0])
+        axes = owner.axes
     elif flows and flows[0].leaf is not None:
         owner = flows[0]
-        axes = owner.axes and _moved(eqn, owner.axes, shapes[owner.leaf])
-    if owner is None:
+        axes = owner.axes and _moved(eqn, owner.axes, shapes[flows[0].leaf])
+    else:
         return out
     return dataclasses.replace(out, leaf=owner.leaf, axes=axes, loops=owner.loops)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import PyTree
 
-from jprune.tracing import _jax_api, _sites
+from jprune.tracing import _finder, _jax_api, _sites
 from jprune.tracing._jax_api import JaxprEqn, Literal, Var
 from jprune.tracing._sites import Body, Site
 from jprune.types import ApplyFn, Params
@@ -43,7 +43,7 @@ def sites(fn: ApplyFn, params: Params, *inputs: Any) -> list[Site]:
         a/kernel ('output', 'after_bias', 'after_activation')
         b/kernel ('output',)
     """
-    return list(_sites.find(fn, params, inputs).every)
+    return list(_finder.find(fn, params, inputs).every)
 
 
 def intercept(
@@ -107,7 +107,7 @@ def intercept(
     _sites.check_place(at)
 
     def intercepted(extra: PyTree, params: Params, *inputs: Any) -> tuple[Any, dict]:
-        found = _sites.find(fn, params, inputs)
+        found = _finder.find(fn, params, inputs)
         chosen = _sites.select(found, sites, at)
         args = jax.tree.leaves((params, inputs))
         outs, collected = _Run(rule, extra, chosen).evaluate(found.body, args, ())
@@ -183,7 +183,7 @@ class _Run:
         if eqn.primitive.name == "scan":
             return self.scan(eqn, inner, operands, steps)
         run = lambda *values: self.evaluate(inner, values, steps)  # noqa: E731
-        if eqn.primitive.name in _sites.REMAT:
+        if eqn.primitive.name in _finder.REMAT:
             run = jax.checkpoint(
                 run, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"]
             )

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from jprune.tracing import _jax_api
 from jprune.tracing._jax_api import JaxprEqn
 
 
@@ -27,7 +28,7 @@ def convolution(eqn: JaxprEqn, x: Array, name: str) -> Array:
     numbers = params["dimension_numbers"]
     if params["batch_group_count"] != 1:
         raise ValueError(f"site {name!r}: it is a convolution by groups of the batch")
-    kernel = eqn.invars[1].aval.shape
+    kernel = _jax_api.aval(eqn.invars[1]).shape
     window = tuple(kernel[axis] for axis in numbers.rhs_spec[2:])
     rank = len(window)
     first = (0, 1, *range(2, rank + 2))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jprune.tracing import _sites
+from jprune.tracing import _finder, _sites
 from jprune.tracing._intercept import Patterns, intercept
 from jprune.tracing._sites import Site
 from jprune.types import ApplyFn, LossFn, Params
@@ -111,7 +111,7 @@ def cotangents(
         return output + own, None
 
     perturbed = intercept(loss_fn, add, sites=sites, at=at)
-    chosen = _sites.select(_sites.find(loss_fn, params, inputs), sites, at)
+    chosen = _sites.select(_finder.find(loss_fn, params, inputs), sites, at)
     zeros = {
         name: jnp.zeros((*site.lengths, *site.shape), site.dtype)
         for name, site in chosen.items()
@@ -169,7 +169,7 @@ def gate(
         return output * site.along_channels(own), None
 
     gated = intercept(fn, rule, sites=sites, at=at)
-    chosen = _sites.select(_sites.find(fn, params, inputs), sites, at)
+    chosen = _sites.select(_finder.find(fn, params, inputs), sites, at)
     gates = {
         name: jnp.ones((*site.stacked, site.channels), site.dtype)
         for name, site in chosen.items()

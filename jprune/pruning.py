@@ -88,7 +88,8 @@ def prune(
     """
     units = _resolve(units, scores, prunable)
     in_unit_space = _in_unit_space(units, scores)
-    tree = units.tree if in_unit_space else scores
+    # Scores of channels have not the shapes of the parameters.
+    tree = scores if units.tree is None else units.tree
     leaves = _named(units, scores) if in_unit_space else _leaves_of(units, scores)
     selection.check_no_nan(leaves)
     if units.choose is not None:

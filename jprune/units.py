@@ -44,7 +44,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, PyTree
 
-from jprune import _tiles, layouts, trees
+from jprune import _per_channel, _tiles, layouts, trees
 from jprune import masks as masks_lib
 from jprune._groups import Group, Member, Pinned, Units
 from jprune.types import Layouts, Masks, Params, Prunable, Scores
@@ -74,6 +74,11 @@ __all__ = [
 def pool(units: Units, scores: Scores) -> list[Array]:
     """Returns the scores of all units, one array for each group.
 
+    Scores may also be those of channels, one a channel in place of one an entry: arrays
+    with size 1 on every axis of the leaf but those that are channels, such as ``(1, 1,
+    1, out)``, and scalars for leaves without any. Filters then have these scores, and
+    coupled units pool those of their channels.
+
     Half-precision scores are pooled in float32. NaN among its entries makes a unit NaN.
 
     Args:
@@ -84,7 +89,8 @@ def pool(units: Units, scores: Scores) -> list[Array]:
         Arrays of the groups' shapes.
 
     Raises:
-        ValueError: the scores do not fit the tree; the message names the leaf.
+        ValueError: the scores do not fit the tree; the message names the leaf. Units
+            are not the channels that have scores.
 
     Example:
         >>> scores = {"kernel": jnp.array([[1.0, 2.0], [3.0, 5.0]])}
@@ -94,12 +100,22 @@ def pool(units: Units, scores: Scores) -> list[Array]:
     found = {leaf.place: leaf for leaf in trees.leaves_of(scores)}
     for expected in units.leaves:
         leaf = found.get(expected.place)
-        if leaf is None or (leaf.path, leaf.shape) != (expected.path, expected.shape):
+        fits = leaf is not None and _per_channel.fits(leaf.shape, expected.shape)
+        if leaf is None or leaf.path != expected.path or not fits:
             raise ValueError(
                 f"scores: {leaf and (leaf.path, leaf.shape)} stands where the leaf "
                 f"{expected.path!r} of shape {expected.shape} is expected"
             )
-    return pool_leaves(units, [found[leaf.place].value for leaf in units.leaves])
+    if all(found[leaf.place].shape == leaf.shape for leaf in units.leaves):
+        return pool_leaves(units, [found[leaf.place].value for leaf in units.leaves])
+    return [
+        _per_channel.pool(
+            group,
+            [jnp.asarray(found[leaf.place].value) for leaf in group.leaves],
+            units.how,
+        )
+        for group in units.groups
+    ]
 
 
 def pool_leaves(units: Units, values: Sequence[ArrayLike]) -> list[Array]:

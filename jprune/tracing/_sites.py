@@ -78,6 +78,11 @@ class Site:
         """The lengths of the loops that run over stacked kernels."""
         return tuple(self.lengths[loop] for loop, _ in self.leaf_loops)
 
+    @property
+    def feature_groups(self) -> int:
+        """The groups of features of a convolution, 1 for other operations."""
+        return self.eqn.params.get("feature_group_count", 1)
+
     def along_channels(self, vector: Array) -> Array:
         """Returns one number for each channel, shaped to broadcast with the value."""
         axes = self.channel_axes

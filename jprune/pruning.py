@@ -55,7 +55,8 @@ def prune(
 
     Args:
         scores: real scores with the structure of the parameters; larger = keep. With
-            ``units`` they may be in unit space: a list with one array for each group.
+            ``units`` they may be in unit space, a list with one array for each group,
+            or those of channels, see :func:`jprune.units.pool`.
         sparsity: the fraction of the prunable units to remove, in [0, 1), also when
             ``within`` restricts who may survive; or a table of path patterns to
             sparsities, of which the first match decides.
@@ -225,7 +226,10 @@ def _run_rounds(
         scores = score_fn(params, chosen, masks=masks, **named)
         within = None if revive else masks
         living = None if revive else units_lib.living(own, params, masks)
-        pooled = units_lib.pool(own, scores)
+        if _in_unit_space(own, scores):
+            pooled = list(scores)
+        else:
+            pooled = units_lib.pool(own, scores)
         keeps = _choose(pooled, living, counts, floors, **static)
         return _expand(own, params, keeps, within), None
 

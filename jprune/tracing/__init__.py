@@ -1,4 +1,5 @@
 """What a network is, read from its jaxpr: couplings of channels, shrinking, costs.
+"""What a network is, read from its jaxpr: couplings, shrinking, and interception.
 
 The only code that reads jaxprs. A function of JAX is traced and interpreted with one
 table of rules for primitives, so no model needs hooks or annotations::
@@ -7,6 +8,9 @@ table of rules for primitives, so no model needs hooks or annotations::
     print(jprune.tracing.summary(units))
     masks = jprune.prune(scores, 0.5, units=units)
     small_apply_fn, small_params = jprune.shrink(apply_fn, params, masks, x)
+
+    inputs = jprune.taps(apply_fn, params, x)           # of each kernel, by its path
+    gated_fn, gates = jprune.gate(apply_fn, params, x)  # one for each output channel
 """
 
 # Each of the first enters its rules into the table.

@@ -462,6 +462,20 @@ def test_scores_of_channels_with_filters_and_with_couplings():
         np.testing.assert_allclose(stream, pooled(kernels, axis=0))
 
 
+def test_rounds_of_structured_pruning():
+    """Scores of channels, and in unit space: the second round scores what is left."""
+    params, x = norm_params(), drawn(5, 3)
+    loss = lambda params, x: jnp.mean(net_with_norm(params, x) ** 2)  # noqa: E731
+    units = jprune.couplings(net_with_norm, params, x)
+    for criterion in (scores.taylor_gate(loss), scores.group_fisher(loss, units)):
+        masks = jprune.prune_iteratively(criterion, params, x, keep=(3, 2), units=units)
+        first = jprune.prune(criterion(params, x), keep=3, units=units)
+        again = criterion(params, x, masks=first)
+        expected = jprune.prune(again, keep=2, units=units, within=first)
+        for a, b in zip(*map(jax.tree.leaves, (masks, expected)), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
 def test_bad_input():
     params, (x, y) = small_params(), small_batch()
     found = scores.apoz(small, sites="b")(params, x)

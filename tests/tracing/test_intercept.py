@@ -105,7 +105,6 @@ def test_places_and_channels_of_sites():
 
 
 NETS = [
-    "vgg_in_training",
     "resnet_basic",
     "mobilenet",
     "scanned",
@@ -337,6 +336,17 @@ def test_a_kernel_that_is_made_is_known_by_its_main_leaf(kernel):
     assert (site.name, site.leaf_axes) == ("w", (1,))
 
 
+def test_a_kernel_with_noise_is_a_kernel():
+    """DropConnect: what is drawn from a key is no data."""
+
+    def fn(params, x, key):
+        return x @ (params["w"] * jax.random.bernoulli(key, 0.5, (3, 4)))
+
+    for key in (jax.random.key(0), jax.random.PRNGKey(0)):
+        (site,) = sites(fn, {"w": drawn(3, 4)}, drawn(2, 3), key)
+        assert (site.name, site.leaf_axes) == ("w", (1,))
+
+
 def test_axes_of_kernels_of_other_layouts():
     def fn(params, x):
         h = jnp.einsum("oi,bi->ob", params["first"], x)
@@ -495,18 +505,22 @@ def test_gradients_of_kernels_are_inputs_times_cotangents():
 
 
 def test_cotangents_per_example_are_those_of_single_examples():
-    params, x, y = conv_params(), drawn(3, 5, 5, 2), drawn(3, 2, seed=8)
-    found = cotangents(loss, params, x, y, per_example=True, at="after_norm")
-    for n in range(3):
-        alone = cotangents(loss, params, x[n : n + 1], y[n : n + 1], at="after_norm")
+    """Where examples do not meet, they add up to those of the batch."""
+
+    def fn(params, x, y):
+        h = jax.nn.relu(x @ params["w"] + params["b"])
+        return jnp.mean((h @ params["v"] - y) ** 4)
+
+    params = {"w": drawn(3, 2), "b": drawn(2), "v": drawn(2, 2)}
+    x, y = drawn(4, 3, seed=1), drawn(4, 2, seed=8)
+    each = cotangents(fn, params, x, y, per_example=True, at="after_bias")
+    whole = cotangents(fn, params, x, y, at="after_bias")
+    for n in range(4):
+        alone = cotangents(fn, params, x[n : n + 1], y[n : n + 1], at="after_bias")
         for name, expected in alone.items():
-            np.testing.assert_allclose(found[name][n], expected, atol=1e-12)
-    # BatchNorm makes examples meet; without it they add up to the batch's.
-    fn = lambda params, x: jnp.mean((x @ params["w"]) ** 4)  # noqa: E731
-    w, x = {"w": drawn(3, 2)}, drawn(4, 3, seed=1)
-    each = cotangents(fn, w, x, per_example=True)["w"]
-    assert each.shape == (4, 1, 2)
-    np.testing.assert_allclose(each[:, 0] / 4, cotangents(fn, w, x)["w"])
+            assert each[name].shape == (4, 1, 2)
+            np.testing.assert_allclose(each[name][n], expected, atol=1e-12)
+            np.testing.assert_allclose(whole[name][n], each[name][n, 0] / 4)
 
 
 def test_cotangents_in_loops_and_of_losses_that_are_no_scalar():

@@ -96,7 +96,8 @@ def assert_golden(found, expected, rtol=1e-9):
 )
 def test_golden_activations(golden, criterion, quantity):
     params, batch, of = golden
-    found = of_conv(criterion()(golden_apply, sites=CONVS)(params, batch[0]))
+    score_fn = jax.jit(criterion()(golden_apply, sites=CONVS))
+    found = of_conv(score_fn(params, batch[0]))
     expected = of(quantity)
     if quantity == "apoz":  # the library keeps what is not zero
         expected = {layer: 1 - value for layer, value in expected.items()}
@@ -122,7 +123,7 @@ BATCH = 64
 )
 def test_golden_gates(golden, criterion, place, quantity, scale):
     params, batch, of = golden
-    found = criterion(golden_loss, sites=CONVS, at=place)(params, batch)
+    found = jax.jit(criterion(golden_loss, sites=CONVS, at=place))(params, batch)
     found = {layer: own / scale for layer, own in of_conv(found).items()}
     assert_golden(found, of(quantity))
 
@@ -130,7 +131,7 @@ def test_golden_gates(golden, criterion, place, quantity, scale):
 def test_golden_taylor_normalised(golden):
     """The reference adds 1e-8 to the norm of a layer."""
     params, batch, of = golden
-    found = of_conv(TAYLOR(golden_loss, sites=CONVS)(params, batch))
+    found = of_conv(jax.jit(TAYLOR(golden_loss, sites=CONVS))(params, batch))
     norms = {k: np.linalg.norm(v) for k, v in of("taylor17_paper_relu").items()}
     found = {k: v * norms[k] / (norms[k] + 1e-8) for k, v in found.items()}
     assert_golden(found, of("taylor17_paper_relu_l2norm"))
@@ -140,7 +141,8 @@ def test_golden_taylor_of_weights(golden):
     """The weight form is the criterion of single weights, summed over filters."""
     params, batch, of = golden
     units = jprune.units.filters(params, prunable="conv*/kernel")
-    found = jprune.units.pool(units, scores.taylor(golden_loss)(params, batch))
+    weights = jax.jit(scores.taylor(golden_loss))(params, batch)
+    found = jprune.units.pool(units, weights)
     found = dict(zip(LAYERS, map(np.ravel, found), strict=True))
     assert_golden(found, of("taylor19_weight_sum_sq"))
 
@@ -235,7 +237,7 @@ def test_statistics_by_brute_force():
         ],
     }
     for criterion, own in expected.items():
-        found = criterion(small, sites="a")(params, x)
+        found = jax.jit(criterion(small, sites="a"))(params, x)
         assert found["a"]["kernel"].shape == (1, 3)
         np.testing.assert_allclose(found["a"]["kernel"][0], own, rtol=1e-12)
 
@@ -279,12 +281,15 @@ def test_gates_by_brute_force():
     grad = jax.jit(jax.grad(gated_by_hand, argnums=2))
     q = [grad(params, (x[n : n + 1], y[n : n + 1]), open_) for n in range(5)]
     make = {"sites": ["a", "b"], "chunk": 2}
-    fisher = scores.channel_fisher(small_loss, **make)(params, (x, y))
-    taylor = scores.taylor_activation(small_loss, normalize=False, **make)
-    first = taylor(params, (x, y))
-    normal = scores.taylor_activation(small_loss, **make)(params, (x, y))
-    gate = scores.taylor_gate(small_loss, sites=["a", "b"], at="after_activation")
-    whole = gate(params, (x, y))
+    fisher, first, normal, whole = (
+        jax.jit(score_fn)(params, (x, y))
+        for score_fn in (
+            scores.channel_fisher(small_loss, **make),
+            scores.taylor_activation(small_loss, normalize=False, **make),
+            scores.taylor_activation(small_loss, **make),
+            scores.taylor_gate(small_loss, sites=["a", "b"], at="after_activation"),
+        )
+    )
     for name in ("a", "b"):
         own = np.stack([one[name] for one in q])
         np.testing.assert_allclose(fisher[name]["kernel"][0], (own**2).sum(0))
@@ -299,7 +304,7 @@ def test_a_coupled_unit_has_the_sum_of_its_gradients_squared():
     params, (x, y) = small_params(), small_batch()
     units = jprune.couplings(small, params, x)
     assert sorted(group.shape for group in units.groups) == [(3,), (4,)]
-    found = scores.group_fisher(small_loss, units, chunk=2)(params, (x, y))
+    found = jax.jit(scores.group_fisher(small_loss, units, chunk=2))(params, (x, y))
 
     def masked(masks, params, x, y):
         h = jax.nn.relu(x @ params["a"]["kernel"] + params["a"]["bias"])
@@ -339,15 +344,15 @@ def test_shared_kernels_and_loops():
     loss = lambda params, x: jnp.mean(fn(params, x) ** 2)  # noqa: E731
     params = {"shared": {"kernel": drawn(3, 3)}, "deep": {"kernel": drawn(4, 3, 3)}}
     x = drawn(5, 3, seed=1)
-    found = scores.taylor_gate(loss)(params, x)
+    found = jax.jit(scores.taylor_gate(loss))(params, x)
     # The gate stands before tanh, so it is a scale of the kernel's outputs.
-    grads = jax.grad(loss)(params, x)
+    grads = jax.jit(jax.grad(loss))(params, x)
     for name, shape in {"shared": (1, 3), "deep": (4, 1, 3)}.items():
         product = params[name]["kernel"] * grads[name]["kernel"]
         expected = jnp.sum(product, axis=-2, keepdims=True) ** 2
         assert found[name]["kernel"].shape == shape
         np.testing.assert_allclose(found[name]["kernel"], expected)
-    mean = scores.mean_activation(fn)(params, x)["shared"]["kernel"]
+    mean = jax.jit(scores.mean_activation(fn))(params, x)["shared"]["kernel"]
     first = jnp.tanh(x @ params["shared"]["kernel"])
     second = jnp.tanh(first @ params["shared"]["kernel"])
     both = (jnp.abs(first).mean(0) + jnp.abs(second).mean(0)) / 2
@@ -368,8 +373,9 @@ def test_scores_at_masks_and_under_jit():
         (scores.fpgm(), None),
     ]
     for score_fn, batch in criteria:
+        score_fn = jax.jit(score_fn)
         at_product = score_fn(jprune.apply_masks(params, masks), batch)
-        found = jax.jit(score_fn)(params, batch, masks=masks)
+        found = score_fn(params, batch, masks=masks)
         for a, b in zip(*map(jax.tree.leaves, (found, at_product)), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-12)
 
@@ -442,7 +448,7 @@ def test_scales_of_norms_prune_coupled_channels():
 
 def test_scores_of_channels_with_filters_and_with_couplings():
     params, (x, _) = small_params(), small_batch()
-    found = scores.mean_activation(small)(params, x)
+    found = jax.jit(scores.mean_activation(small))(params, x)
     filters = jprune.units.filters(params)
     by_leaf = jprune.units.pool(filters, found)
     for group, own in zip(filters.groups, by_leaf, strict=True):
@@ -469,6 +475,7 @@ def test_rounds_of_structured_pruning():
     units = jprune.couplings(net_with_norm, params, x)
     for criterion in (scores.taylor_gate(loss), scores.group_fisher(loss, units)):
         masks = jprune.prune_iteratively(criterion, params, x, keep=(3, 2), units=units)
+        criterion = jax.jit(criterion)
         first = jprune.prune(criterion(params, x), keep=3, units=units)
         again = criterion(params, x, masks=first)
         expected = jprune.prune(again, keep=2, units=units, within=first)

@@ -115,8 +115,9 @@ NETS = [
 @pytest.mark.parametrize("name", NETS)
 def test_a_rule_that_does_nothing_changes_nothing(name):
     net = getattr(nets, name)()
-    expected = net.apply(net.variables, *net.inputs)
-    out, collected = intercept(net.apply, keep)(None, net.variables, *net.inputs)
+    expected = jax.jit(net.apply)(net.variables, *net.inputs)
+    fn = jax.jit(intercept(net.apply, keep))
+    out, collected = fn(None, net.variables, *net.inputs)
     law.assert_close(out, expected, 1e-13)
     assert collected == {}
 
@@ -126,13 +127,14 @@ def test_a_closed_gate_removes_a_channel(name):
     """The law of masks: as with its kernel, bias, scale and shift at zero."""
     net = getattr(nets, name)()
     gated, gates = gate(net.apply, net.variables, *net.inputs)
+    gated, apply = jax.jit(gated), jax.jit(net.apply)
     (path, layer) = {
         "vgg": ("params/Conv_1/kernel", ["Conv_1", "BatchNorm_1"]),
         "scanned": ("params/ScanCheckpointBlock_0/Dense_0/kernel", ["Dense_0"]),
     }[name]
     law.assert_close(
         gated(gates, net.variables, *net.inputs),
-        net.apply(net.variables, *net.inputs),
+        apply(net.variables, *net.inputs),
         1e-12,
     )
     # Of stacked layers, the channel of the second.
@@ -151,7 +153,7 @@ def test_a_closed_gate_removes_a_channel(name):
     masked = jax.tree_util.tree_map_with_path(zeroed, net.variables)
     law.assert_close(
         gated(closed, net.variables, *net.inputs),
-        net.apply(masked, *net.inputs),
+        apply(masked, *net.inputs),
         1e-12,
     )
 
@@ -230,14 +232,15 @@ def test_the_result_can_be_compiled_differentiated_and_mapped():
     np.testing.assert_allclose(out, expected, atol=1e-12)
     np.testing.assert_allclose(collected["conv1/kernel"], jnp.sum(x**2))
     # The gradient in extra is that of the kernel, by the chain rule.
-    grad = jax.grad(lambda extra: fn(extra, params, x)[0].sum())(extra)
-    by_kernel = jax.grad(lambda own: conv_net(own, x).sum())(scaled)
+    grad = jax.jit(jax.grad(lambda extra: fn(extra, params, x)[0].sum()))(extra)
+    by_kernel = jax.jit(jax.grad(lambda own: conv_net(own, x).sum()))(scaled)
     expected = jnp.sum(
         by_kernel["conv2"]["kernel"] * params["conv2"]["kernel"], (0, 1, 2)
     )
     np.testing.assert_allclose(grad["conv2/kernel"], expected, atol=1e-12)
     many = jnp.stack([x, 2 * x])
-    out, collected = jax.vmap(fn, (None, None, 0))(extra, params, many)
+    mapped = jax.jit(jax.vmap(fn, (None, None, 0)))
+    out, collected = mapped(extra, params, many)
     np.testing.assert_allclose(out[1], conv_net(scaled, 2 * x), atol=1e-12)
     np.testing.assert_allclose(collected["conv1/kernel"][1], 4 * jnp.sum(x**2))
 
@@ -493,9 +496,9 @@ def loss(params, x, y):
 def test_gradients_of_kernels_are_inputs_times_cotangents():
     """The identity that K-FAC stands on."""
     params, x, y = conv_params(), X(), drawn(2, 2, seed=8)
-    rows = taps(loss, params, x, y, at="patches")
-    found = cotangents(loss, params, x, y)
-    grads = jax.grad(loss)(params, x, y)
+    rows = jax.jit(lambda *own: taps(loss, *own, at="patches"))(params, x, y)
+    found = jax.jit(lambda *own: cotangents(loss, *own))(params, x, y)
+    grads = jax.jit(jax.grad(loss))(params, x, y)
     for name, own in found.items():
         layer = name.split("/")[0]
         flat = rows[name].reshape(-1, rows[name].shape[-1])
@@ -541,9 +544,13 @@ def test_cotangents_in_loops_and_of_losses_that_are_no_scalar():
 def test_gradients_of_gates_are_values_times_cotangents():
     params, x, y = conv_params(), X(), drawn(2, 2, seed=8)
     gated, gates = gate(loss, params, x, y)
-    found = jax.grad(gated)(gates, params, x, y)
-    seen = taps(loss, params, x, y, at="after_norm")
-    pulled = cotangents(loss, params, x, y, at="after_norm")
+    found = jax.jit(jax.grad(gated))(gates, params, x, y)
+
+    @jax.jit
+    def both(*own):
+        return tuple(f(loss, *own, at="after_norm") for f in (taps, cotangents))
+
+    seen, pulled = both(params, x, y)
     for name, own in found.items():
         product = seen[name] * pulled[name]
         expected = product.reshape(-1, own.size).sum(0)

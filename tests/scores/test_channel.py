@@ -359,6 +359,18 @@ def test_shared_kernels_and_loops():
     np.testing.assert_allclose(mean[0], both)
 
 
+def test_scores_have_the_axes_of_the_leaf():
+    """Channels that the function takes in another order than the leaf has them."""
+
+    def fn(params, x):
+        return x @ params["w"].transpose(2, 1, 0).reshape(4, 6)
+
+    w, x = drawn(2, 3, 4), drawn(5, 4)
+    found = scores.mean_activation(fn)({"w": w}, x)["w"]
+    expected = jnp.abs(jnp.einsum("bi,hdi->bhd", x, w)).mean(0)
+    np.testing.assert_allclose(found, expected[..., None])
+
+
 def test_scores_at_masks_and_under_jit():
     params, (x, y) = small_params(), small_batch()
     masks = {name: {k: jnp.array(True) for k in own} for name, own in params.items()}

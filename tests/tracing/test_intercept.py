@@ -104,6 +104,20 @@ def test_places_and_channels_of_sites():
     assert found["conv1/kernel"].leaf.shape == (3, 3, 2, 4)
 
 
+def test_what_is_pooled_is_no_statistic():
+    """A norm is told from the mean over positions that the next layer reads."""
+
+    def fn(params, x):
+        h = normalise(x @ params["a"], {"scale": params["s"], "bias": params["b"]})
+        return h.mean((1, 2)) @ params["c"]
+
+    params = {"a": drawn(2, 4), "s": drawn(4), "b": drawn(4), "c": drawn(4, 1)}
+    first, _ = sites(fn, params, X())
+    assert first.places == ("output", "after_norm")
+    found = taps(fn, params, X(), sites="a", at="after_norm")["a"]
+    np.testing.assert_allclose(found.mean((1, 2)) @ params["c"], fn(params, X()))
+
+
 NETS = [
     "resnet_basic",
     "mobilenet",
@@ -367,6 +381,7 @@ def test_axes_of_kernels_of_other_layouts():
         "heads": (1, 2),
         "out": (2, 3),
     }
+    np.testing.assert_array_equal(taps(fn, params, drawn(2, 3))["first"], drawn(2, 3))
     values = taps(fn, params, drawn(2, 3), at="output")
     for name, site in found.items():
         sizes = [values[name].shape[axis] for axis in site.channel_axes]

@@ -94,6 +94,7 @@ class _Finder:
         lengths: tuple[int, ...],
         refused: str,
     ) -> Site:
+        """Returns the site at an equation, as yet without what follows it."""
         kind = eqn.primitive.name
         if kind == "name":
             leaf, path = None, str(eqn.params["name"])
@@ -146,7 +147,7 @@ class _Finder:
             return self.go_into(params, ins, lengths, why)
         out = _flow.through(eqn, ins, self.shapes)
         if name in ("while", "cond"):
-            # Their operands do not matter: data among them, or nothing, is refused.
+            # To name the sites inside in the error, should one of them be chosen.
             self.refuse(eqn, ins, lengths, refused or f"it stands in a {name}")
         return None, [out] * len(eqn.outvars)
 
@@ -157,6 +158,7 @@ class _Finder:
         lengths: tuple[int, ...],
         refused: str,
     ) -> tuple[Body, list[Flow]]:
+        """Goes into the one jaxpr that an equation with some parameters holds."""
         key = next(key for key in _INNER if key in params)
         return self.body(*_jax_api.as_closed(params[key]), ins, lengths, refused)
 
@@ -167,6 +169,7 @@ class _Finder:
         lengths: tuple[int, ...],
         why: str,
     ) -> None:
+        """Goes into the branches of a cond, or the body of a while."""
         params = eqn.params
         if eqn.primitive.name == "cond":
             for branch in params["branches"]:
@@ -186,6 +189,7 @@ class _Finder:
         lengths: tuple[int, ...],
         refused: str,
     ) -> tuple[Body, list[Flow]]:
+        """Goes into the body of a scan, until what it carries depends on no more."""
         params = eqn.params
         n, m = params["num_consts"], params["num_carry"]
         rows = [flow.row(len(lengths)) for flow in ins[n + m :]]

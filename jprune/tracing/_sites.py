@@ -39,6 +39,10 @@ class Site:
         leaf_loops: pairs of one of these loops and the axis of the leaf that it runs
             over, where layers are stacked.
         steps: inside of a rule, the step that each of these loops is at.
+        eqn: the equation.
+        kernel_first: whether the kernel is the first of its operands.
+        found: the variables at the places.
+        refused: why the site cannot be intercepted, or nothing.
     """
 
     name: str

@@ -18,8 +18,8 @@ Axes = tuple[tuple[int, ...], ...]
 
 _ELEMENTWISE = frozenset(
     "abs add add_any clamp convert_element_type copy copy_p div erf exp integer_pow "
-    "log logistic max min mul neg optimization_barrier pow reduce_precision round "
-    "rsqrt select_n sign sqrt square stop_gradient sub tanh".split()
+    "log logistic max min mul name neg optimization_barrier pow reduce_precision round "
+    "rsqrt select_n sharding_constraint sign sqrt square stop_gradient sub tanh".split()
 )
 
 

@@ -16,7 +16,7 @@ _NONLINEAR = frozenset(
     "expm1 floor ge gt integer_pow jit le log log1p logistic lt max min pjit pow round "
     "rsqrt select_n sign sin sqrt square tanh".split()
 )
-_CASTS = frozenset(["convert_element_type", "neg", "copy", "stop_gradient"])
+_SAME = frozenset("convert_element_type copy name sharding_constraint".split())
 _NO_STATISTIC = frozenset(["dot_general", "conv_general_dilated", "scan", "while"])
 
 
@@ -87,7 +87,7 @@ class Follower:
                 break
             (eqn,) = live
             name = eqn.primitive.name
-            if name == "convert_element_type":
+            if name in _SAME:
                 own = Place(eqn.outvars[0], own.channel_axes)
                 continue
             if name not in _AFFINE or not _fits(eqn, own.var):
@@ -114,7 +114,7 @@ class Follower:
         for eqn in self.jaxpr.eqns:
             name = eqn.primitive.name
             read = [a for a in eqn.invars if isinstance(a, Var) and a in region]
-            if not read or name not in _NONLINEAR | _AFFINE | _CASTS:
+            if not read or name not in _NONLINEAR | _AFFINE | _SAME | {"neg"}:
                 continue
             others = [a for a in eqn.invars if isinstance(a, Literal) or a not in read]
             alone = all(self.is_still(a) and not self.is_parameter(a) for a in others)
@@ -200,7 +200,7 @@ def _fits(eqn: JaxprEqn, var: Var) -> bool:
 def _moved(eqn: JaxprEqn, at: Place) -> tuple[int, ...] | None:
     """Returns where an equation that only moves a value moves its channels."""
     name, axes = eqn.primitive.name, at.channel_axes
-    if name == "convert_element_type":
+    if name in _SAME:
         return axes
     if name == "transpose":
         order = list(eqn.params["permutation"])

@@ -324,6 +324,21 @@ def test_named_values_are_sites():
     assert gates["branch"].shape == (4,)
 
 
+def test_names_stand_in_the_way_of_nothing():
+    """Of a kernel, of a value before its bias, and before its activation."""
+
+    def fn(params, x):
+        h = checkpoint_name(x @ checkpoint_name(params["w"], "kernel"), "product")
+        return jnp.tanh(checkpoint_name(h + params["b"], "sum"))
+
+    params, x = {"w": drawn(3, 4), "b": drawn(4)}, drawn(2, 3, seed=1)
+    (site,) = (site for site in sites(fn, params, x) if site.name == "w")
+    assert site.places == ("output", "after_bias", "after_activation")
+    assert site.leaf_axes == (1,)
+    found = taps(fn, params, x, sites="w", at="after_activation")["w"]
+    np.testing.assert_allclose(found, fn(params, x))
+
+
 def test_a_missing_site_is_an_error_that_lists_them():
     fn = lambda params, x: jnp.tanh(x @ params["a"]) @ params["b"]  # noqa: E731
     params, x = {"a": drawn(3, 3), "b": drawn(3, 1)}, drawn(2, 3)

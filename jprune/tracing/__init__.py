@@ -1,5 +1,4 @@
-"""What a network is, read from its jaxpr: couplings of channels, shrinking, costs.
-"""What a network is, read from its jaxpr: couplings, shrinking, and interception.
+"""What a network is, read from its jaxpr: couplings, shrinking, costs, interception.
 
 The only code that reads jaxprs. A function of JAX is traced and interpreted with one
 table of rules for primitives, so no model needs hooks or annotations::

@@ -125,6 +125,78 @@ class _Block(nn.Module):
         return nn.relu(x + y)
 
 
+class ImageNetResNet(nn.Module):
+    """A ResNet for ImageNet (He et al., 2016, table 1), with projection shortcuts.
+
+    A 7 x 7 stem with max pooling, then four stages of which all but the first halve
+    the size. Bottlenecks take their stride at the 3 x 3 convolution.
+
+    Attributes:
+        blocks: number of residual blocks in each stage.
+        bottleneck: whether blocks are bottlenecks (1 x 1, 3 x 3, 1 x 1, expanding by
+            4) and not two 3 x 3 convolutions.
+        width: channels of the stem and of the first stage, twice as many in each next.
+        classes: number of outputs.
+    """
+
+    blocks: Sequence[int]
+    bottleneck: bool = False
+    width: int = 64
+    classes: int = 1000
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "n h w c"], train: bool = False
+    ) -> Float[Array, "n classes"]:
+        """Returns the logits; ``train`` makes BatchNorm use the batch's statistics."""
+        x = nn.relu(_conv_norm(x, self.width, 7, 2, "1", train))
+        x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+        for stage, blocks in enumerate(self.blocks, 1):
+            for block in range(1, blocks + 1):
+                x = _ImageNetBlock(
+                    self.width * 2 ** (stage - 1),
+                    strides=2 if stage > 1 and block == 1 else 1,
+                    bottleneck=self.bottleneck,
+                    name=f"stage{stage}_block{block}",
+                )(x, train)
+        return nn.Dense(self.classes, name="fc1")(x.mean(axis=(1, 2)))
+
+
+class _ImageNetBlock(nn.Module):
+    width: int
+    strides: int
+    bottleneck: bool
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool) -> Array:
+        w, s = self.width, self.strides
+        layers = [(w, 3, s), (w, 3, 1)]
+        if self.bottleneck:
+            layers = [(w, 1, 1), (w, 3, s), (4 * w, 1, 1)]
+        y = x
+        for i, layer in enumerate(layers, 1):
+            y = _conv_norm(y, *layer, str(i), train)
+            y = nn.relu(y) if i < len(layers) else y
+        if y.shape != x.shape:
+            x = _conv_norm(x, y.shape[-1], 1, s, "_shortcut", train)
+        return nn.relu(x + y)
+
+
+def _conv_norm(
+    x: Array, width: int, size: int, strides: int, name: str, train: bool
+) -> Array:
+    # XLA's own convolution: these networks are timed outside of loops.
+    x = nn.Conv(
+        width,
+        (size, size),
+        strides,
+        padding=size // 2,
+        use_bias=False,
+        name=f"conv{name}",
+    )(x)
+    return _batch_norm(f"norm{name}", train)(x)
+
+
 def _batch_norm(name: str, train: bool) -> nn.BatchNorm:
     # Runs are short: averages over 100 batches would lag behind the weights.
     return nn.BatchNorm(use_running_average=not train, momentum=0.9, name=name)
@@ -174,3 +246,12 @@ def vgg16() -> ConvNet:
 def resnet(layers: int) -> ResNet:
     """ResNet-8, 20, 32 or 56 for CIFAR, by number of layers."""
     return ResNet(blocks=(layers - 2) // 6)
+
+
+def imagenet_resnet(layers: int, width: int = 64) -> ImageNetResNet:
+    """ResNet-18, 34 or 50 for ImageNet, by number of layers.
+
+    At width 64 they have 11,689,512, 21,797,672 and 25,557,032 parameters.
+    """
+    blocks = (2, 2, 2, 2) if layers == 18 else (3, 4, 6, 3)
+    return ImageNetResNet(blocks, bottleneck=layers == 50, width=width)

@@ -11,7 +11,7 @@ import pytest
 from experiments.tasks import _image, _models
 from jprune import trees
 
-MNIST, CIFAR = (28, 28, 1), (32, 32, 3)
+MNIST, CIFAR, IMAGENET = (28, 28, 1), (32, 32, 3), (224, 224, 3)
 
 
 def dense(*widths):
@@ -72,6 +72,9 @@ CASES = {
     "resnet20": (_models.resnet(20), CIFAR, resnet(3)),
     "resnet32": (_models.resnet(32), CIFAR, resnet(5)),
     "resnet56": (_models.resnet(56), CIFAR, resnet(9)),
+    "resnet18 of ImageNet": (_models.imagenet_resnet(18), IMAGENET, 11_689_512),
+    "resnet34 of ImageNet": (_models.imagenet_resnet(34), IMAGENET, 21_797_672),
+    "resnet50 of ImageNet": (_models.imagenet_resnet(50), IMAGENET, 25_557_032),
 }
 
 # Rounded as the papers give them: in millions for Conv-2, 4 and 6 (Frankle and Carbin,
@@ -121,7 +124,7 @@ def test_logits_and_state_have_the_right_shapes(name):
         out, new = jax.eval_shape(
             lambda p, s, x, train=train: apply(p, s, x, train=train), params, state, x
         )
-        assert out.shape == (6, 10)
+        assert out.shape == (6, model.classes)
         assert out.dtype == jnp.float32
         assert jax.tree.structure(new) == jax.tree.structure(state)
         assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, state)

@@ -25,15 +25,17 @@ class ResNet(nn.Module):
 
     depths: tuple[int, ...]
     bottleneck: bool
+    width: int = 64
 
     @nn.compact
     def __call__(self, x):
-        x = nn.relu(_norm("bn1")(_conv(64, 7, 2, "conv1")(x)))
+        x = nn.relu(_norm("bn1")(_conv(self.width, 7, 2, "conv1")(x)))
         x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
         for stage, depth in enumerate(self.depths):
             for number in range(depth):
                 stride = 2 if stage and not number else 1
-                x = self.block(x, 64 * 2**stage, stride, f"layer{stage + 1}.{number}.")
+                name = f"layer{stage + 1}.{number}."
+                x = self.block(x, self.width * 2**stage, stride, name)
         return nn.Dense(1000, name="fc")(x.mean((1, 2)))
 
     def block(self, x, width, stride, name):
@@ -55,22 +57,23 @@ class VGG16(nn.Module):
     """VGG-16 with BatchNorm; the CIFAR one has a single dense layer and no biases."""
 
     cifar: bool = False
+    width: int = 64
 
     @nn.compact
     def __call__(self, x):
         number = 0
-        for width, depth in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
+        for times, depth in ((1, 2), (2, 2), (4, 3), (8, 3), (8, 3)):
             for _ in range(depth):
-                bias = not self.cifar
-                x = _conv(width, 3, 1, f"features.{number}", bias)(x)
+                name, bias = f"features.{number}", not self.cifar
+                x = _conv(self.width * times, 3, 1, name, bias)(x)
                 x = nn.relu(_norm(f"features.{number + 1}")(x))
                 number += 3
             x = nn.max_pool(x, (2, 2), (2, 2))
             number += 1
         x = x.reshape(x.shape[0], -1)
         if not self.cifar:
-            x = nn.relu(nn.Dense(4096, name="classifier.0")(x))
-            x = nn.relu(nn.Dense(4096, name="classifier.3")(x))
+            x = nn.relu(nn.Dense(64 * self.width, name="classifier.0")(x))
+            x = nn.relu(nn.Dense(64 * self.width, name="classifier.3")(x))
         return nn.Dense(10 if self.cifar else 1000, name="classifier.6")(x)
 
 

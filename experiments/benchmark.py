@@ -7,7 +7,7 @@ times, that of CPU times, and the bound that the wall ratio is to meet (where a 
 says so, that of CPU times).
 
 Sections: ``selection``, ``scoring``, ``training``, ``sparse_training``,
-``compilation``.
+``compilation``, ``structure``.
 """
 
 import functools
@@ -459,12 +459,122 @@ def resnet50_kernels() -> dict[str, dict[str, jax.Array]]:
     }
 
 
+def structure(repeats: int = 25) -> Iterator[Row]:
+    """Networks without half of their channels, at 224 x 224 pixels."""
+    model = _models.imagenet_resnet(50)
+    x = _images(1)
+    variables = _random_variables(model, x)
+    wall, cpu = _time_of_shrinking(model.apply, variables, x)
+    yield Row("couplings + shrink, ResNet-50", wall, cpu, 10, unit="s")
+
+    model, native = (_models.imagenet_resnet(18, width) for width in (64, 32))
+    variables = _random_variables(model, x)
+    small, small_variables = _half(model.apply, variables, x)
+    # As many weights as the half network has, wherever they are.
+    weights = _number_of_weights(small_variables)
+    masks = jprune.prune(jprune.scores.magnitude(variables), keep=weights)
+    zeros = jax.block_until_ready(jprune.apply_masks(variables, masks))
+
+    def masked(variables, x):
+        return model.apply(jprune.apply_masks(variables, masks), x)
+
+    programs = {
+        "dense": (jax.jit(model.apply), variables),
+        "zeros": (jax.jit(model.apply), zeros),
+        "masked": (jax.jit(masked), variables),
+        "shrunk": (jax.jit(small), small_variables),
+        "native": (jax.jit(native.apply), small_variables),
+    }
+    for batch in (1, 8):
+        # The two share their weights: in a round with others, the second of them would
+        # find these in the cache.
+        thunks = {
+            name: functools.partial(*programs[name], _images(batch))
+            for name in ("native", "shrunk")
+        }
+        times = interleaved(thunks, 4 * repeats if batch == 1 else 2 * repeats)
+        label = f"the same widths in Flax / shrunk ResNet-18, batch {batch}"
+        yield ratio(label, times["native"], times["shrunk"], 0.95, at_least=True)
+    thunks = {name: functools.partial(*programs[name], x) for name in programs}
+    del thunks["native"]
+    times = interleaved(thunks, 2 * repeats)
+    yield from _latencies(times, weights / _number_of_weights(variables))
+
+
+def _latencies(times: Mapping[str, Times], density: float) -> Iterator[Row]:
+    """What a mask does for the latency, and what removed channels do."""
+    what = f"ResNet-18, {density:.1%} of the weights, batch 1"
+    for name, label in (
+        ("dense", "ResNet-18, dense, batch 1"),
+        ("zeros", f"{what}, unstructured, zeros in the kernels"),
+        ("masked", f"{what}, unstructured, masked in the call"),
+        ("shrunk", f"{what}, half of the channels, shrunk"),
+    ):
+        yield Row(label, *(1e3 * x for x in times[name]), unit="ms")
+    for a, b in (
+        ("zeros", "dense"),
+        ("masked", "dense"),
+        ("zeros", "shrunk"),
+        ("dense", "shrunk"),
+    ):
+        yield ratio(f"{a} / {b}, {what}", times[a], times[b], None)
+
+
+def _half(apply_fn: Callable, variables: PyTree, x: jax.Array) -> tuple:
+    """Returns the function without half of the channels of each group."""
+    units = jprune.couplings(apply_fn, variables, x)
+    masks = jprune.prune(
+        jprune.scores.magnitude(variables),
+        0.5,
+        units=units,
+        allocation=jprune.allocation.uniform(),
+    )
+    return jprune.shrink(apply_fn, variables, masks, x)
+
+
+def _time_of_shrinking(apply_fn: Callable, variables: PyTree, x: jax.Array) -> Times:
+    wall, cpu = time.perf_counter(), time.process_time()
+    units = jprune.couplings(apply_fn, variables, x)
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    # What is removed is no part of it.
+    keeps = [jnp.arange(group.shape[0]) % 2 == 0 for group in units.groups]
+    masks = jax.block_until_ready(jprune.units.expand(units, variables, keeps))
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    jax.block_until_ready(jprune.shrink(apply_fn, variables, masks, x)[1])
+    return Times(time.perf_counter() - wall, time.process_time() - cpu)
+
+
+def _number_of_weights(variables: PyTree) -> int:
+    return sum(leaf.size for leaf in jprune.trees.prunable_leaves(variables))
+
+
+def _images(batch: int) -> jax.Array:
+    rng = np.random.default_rng(0)
+    return jnp.asarray(rng.normal(size=(batch, 224, 224, 3)), jnp.float32)
+
+
+def _random_variables(model: Any, x: jax.Array) -> PyTree:
+    """Variables as initialised, without compiling the initialisation."""
+    rng = np.random.default_rng(0)
+
+    def leaf(keys: Sequence[Any], shape: jax.ShapeDtypeStruct) -> jax.Array:
+        name = jprune.trees.path_of(keys).rpartition("/")[-1]
+        if name == "kernel":
+            deviation = np.sqrt(2 / np.prod(shape.shape[:-1]))
+            return jnp.asarray(rng.normal(0, deviation, shape.shape), shape.dtype)
+        return jnp.full(shape.shape, name in ("scale", "var"), shape.dtype)
+
+    shapes = jax.eval_shape(model.init, jax.random.key(0), x)
+    return jax.tree_util.tree_map_with_path(leaf, shapes)
+
+
 SECTIONS = {
     "selection": selection,
     "scoring": scoring,
     "training": training,
     "sparse_training": sparse_training,
     "compilation": compilation,
+    "structure": structure,
 }
 
 

@@ -62,12 +62,13 @@ def readme_programs():
     return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
-def test_code_of_the_guide_to_sparse_training_runs():
-    text = (ROOT / "docs" / "sparse_training.md").read_text()
+@pytest.mark.parametrize("page", ["sparse_training", "structured_pruning"])
+def test_code_of_the_guides_runs(page):
+    text = (ROOT / "docs" / f"{page}.md").read_text()
     programs = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len(programs) >= 5
-    # The programs of the page go on where the last one ended.
-    exec(compile("\n".join(programs), "docs/sparse_training.md", "exec"), {})
+    # The programs of a page go on where the last one ended.
+    exec(compile("\n".join(programs), f"docs/{page}.md", "exec"), {})
 
 
 @pytest.mark.parametrize("number", range(len(readme_programs())))

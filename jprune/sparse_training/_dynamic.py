@@ -114,6 +114,12 @@ def dynamic(
         raise ValueError("sparsity: a Python number is needed, not an array")
     if isinstance(sparsity, (float, int)):
         selection.check_sparsity(sparsity)
+    if units is not None and not callable(units):
+        raise TypeError(
+            "units: a function of the parameters is needed, such as "
+            "jprune.units.filters or lambda params: jprune.couplings(apply_fn, params, "
+            f"x), got {type(units).__name__}"
+        )
     if not callable(fraction) and not 0 <= fraction <= 1:
         raise ValueError(f"fraction: {fraction} is outside [0, 1]")
 

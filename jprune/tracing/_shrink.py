@@ -60,6 +60,8 @@ class Shrunk:
         Args:
             tree: parameters, gradients, or a whole optimiser state: a leaf whose path
                 ends in a parameter's path and that has its shape is cut; others pass.
+                Of Flax's variables, optimisers hold one collection: ``params/`` may
+                be missing there.
 
         Example:
             >>> def apply_fn(params, x):
@@ -72,7 +74,9 @@ class Shrunk:
             >>> jax.tree.map(jnp.shape, small.take(moments))
             ({'a': (3, 3), 'b': (3, 2)}, {'count': ()})
         """
-        full = {leaf.path: leaf for leaf in trees.leaves_of(self.tree)}
+        leaves = trees.leaves_of(self.tree)
+        full = {leaf.path.removeprefix("params/"): leaf for leaf in leaves}
+        full |= {leaf.path: leaf for leaf in leaves}
 
         def leaf(keys: Sequence[Any], value: Any) -> Any:
             names = trees.path_of(keys).split("/")

@@ -337,6 +337,12 @@ def test_other_arguments_outside_their_ranges():
         jprune.gradual_magnitude(0.5, start=5, end=5)
 
 
+def test_units_are_made_from_the_parameters(setting):
+    params, _ = setting
+    with pytest.raises(TypeError, match=r"units: a function .* got Units"):
+        jprune.rigl(0.5, units=jprune.units.filters(params))
+
+
 def test_a_state_of_another_tree_is_refused(setting):
     params, _ = setting
     tx = jprune.sparse(optax.chain(jprune.static(0.5), optax.sgd(0.1)))

@@ -212,6 +212,19 @@ def test_moments_and_whole_optimiser_states_shrink_along(small):
     )
 
 
+def test_the_optimiser_of_one_collection_shrinks_along():
+    variables = {"params": mlp_params()}
+    masks = {"params": mlp_masks(KEEP)}
+    fn, params = jprune.shrink(lambda v, x: mlp(v["params"], x), variables, masks, X)
+    state = optax.adam(1e-2).init(variables["params"])
+    expected = optax.adam(1e-2).init(params["params"])
+    found, wanted = (
+        jax.tree.map(jnp.shape, tree) for tree in (fn.take(state), expected)
+    )
+    assert found == wanted
+    assert jax.tree.map(jnp.shape, state) != wanted
+
+
 # Derivatives of the user.
 
 

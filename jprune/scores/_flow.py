@@ -4,6 +4,7 @@ They run the model on inputs of ones with every parameter made positive, so that
 cancels, and ask what passes through each weight. No data is needed.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -93,9 +94,19 @@ def synflow(apply_fn: ApplyFn) -> ScoreFn:
             )
             return _total(apply_of(scaled, inputs, None))
 
-        scale = _scale_of(lambda scale: flow(values, scale))
-        total, pull_back = jax.vjp(lambda values: flow(values, scale), values)
-        (derived,) = pull_back(scale.astype(total.dtype))
+        def derive(scale: Array) -> tuple[Array, Callable[[], list[Array]]]:
+            total, pull_back = jax.vjp(lambda values: flow(values, scale), values)
+            return total, lambda: pull_back(scale.astype(total.dtype))[0]
+
+        def rescaled() -> tuple[Array, list[Array]]:
+            total, derived = derive(_scale_of(lambda scale: flow(values, scale)))
+            return total, derived()
+
+        # Nearly all networks are in range as they are, and spare the dry run.
+        total, derived = derive(jnp.ones(()))
+        total, derived = jax.lax.cond(
+            total < 2.0**_LARGEST, lambda: (total, derived()), rescaled
+        )
         valid = jnp.isfinite(total)
         scores = {
             i: jnp.where(valid, derivatives.at_least_float32(v * d), jnp.nan)

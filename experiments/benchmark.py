@@ -181,9 +181,11 @@ def scoring(repeats: int = 15) -> Iterator[Row]:
         gradient = jax.jit(jax.value_and_grad(loss_fn))
         snip = jax.jit(jprune.scores.snip(loss_fn))
         grasp = jax.jit(jprune.scores.grasp(apply_fn, loss=objective))
+        plain = jax.jit(_sensitivity(loss_fn))
         synflow = jprune.scores.synflow(apply_fn)
         thunks = {
             "pass": functools.partial(gradient, params, batch),
+            "plain": functools.partial(plain, params, batch),
             "SNIP": functools.partial(snip, params, batch),
             "GraSP": functools.partial(grasp, params, batch),
         }
@@ -199,9 +201,21 @@ def scoring(repeats: int = 15) -> Iterator[Row]:
         )
         unit = f"forward + backward, {name}"
         yield ratio(f"SNIP / {unit}", once["SNIP"], once["pass"], 1.1)
+        label = f"abs(w * jax.grad(loss)(w)) / {unit}"
+        yield ratio(label, once["plain"], once["pass"], None)
         yield ratio(f"GraSP / {unit}", once["GraSP"], once["pass"], 3.2)
         label = f"SynFlow, 100 rounds with selection / {unit}"
         yield ratio(label, rounds["SynFlow"], rounds["pass"], flow_bound)
+
+
+def _sensitivity(loss_fn: Callable) -> Callable:
+    """SNIP written out: what it costs without the library."""
+
+    def scores(params, batch):
+        grads = jax.grad(loss_fn)(params, batch)
+        return jax.tree.map(lambda w, g: jnp.abs(w * g), params, grads)
+
+    return scores
 
 
 def training(repeats: int = 60) -> Iterator[Row]:

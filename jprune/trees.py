@@ -158,6 +158,71 @@ def lookup(
     ]
 
 
+def selector(
+    given: Prunable,
+    leaves: Sequence[Leaf],
+    name: str,
+    default: Callable[[Leaf], bool],
+) -> Callable[[Leaf], bool]:
+    """Returns the predicate on leaves that patterns, a predicate or None mean.
+
+    Args:
+        given: a path pattern, several, a predicate ``(path, value) -> bool``, or None.
+        leaves: the leaves that patterns are meant for.
+        name: the argument that holds them, for the message.
+        default: the predicate that None means.
+
+    Raises:
+        ValueError: a pattern matches none of the leaves.
+
+    Example:
+        >>> leaves = leaves_of({"conv": 1, "fc": 2})
+        >>> chosen = selector("fc", leaves, "prunable", lambda leaf: True)
+        >>> [chosen(leaf) for leaf in leaves]
+        [False, True]
+    """
+    if given is None:
+        return default
+    if callable(given):
+        return lambda leaf: bool(given(leaf.path, leaf.value))
+    patterns = (given,) if isinstance(given, str) else tuple(given)
+    check_patterns(patterns, leaves, name)
+    return lambda leaf: any(matches(p, leaf.path) for p in patterns)
+
+
+class Owners:
+    """Finds the parameter that a leaf of an optimiser's state belongs to.
+
+    It is the one whose path the leaf's path ends in.
+
+    Args:
+        params: the parameters.
+        optional: the beginning of their paths that may be missing there.
+
+    Example:
+        >>> owner_of = Owners({"fc": jnp.ones((3, 2))})
+        >>> keys = (jax.tree_util.GetAttrKey("mu"), jax.tree_util.DictKey("fc"))
+        >>> owner_of(keys, (3, 2)).path, owner_of(keys, (2,)), owner_of(keys[:1])
+        ('fc', None, None)
+    """
+
+    def __init__(self, params: PyTree, *, optional: str = ""):
+        leaves = leaves_of(params)
+        self.leaves = {leaf.path.removeprefix(optional): leaf for leaf in leaves}
+        self.leaves |= {leaf.path: leaf for leaf in leaves}
+
+    def __call__(
+        self, keys: Sequence[Any], shape: tuple[int, ...] | None = None
+    ) -> Leaf | None:
+        """Returns the parameter, of a given shape if there is one; None for none."""
+        names = path_of(keys).split("/")
+        for start in range(len(names) + 1):
+            leaf = self.leaves.get("/".join(names[start:]))
+            if leaf is not None and (shape is None or leaf.shape == shape):
+                return leaf
+        return None
+
+
 def prunable_leaves(tree: PyTree, prunable: Prunable = None) -> list[Leaf]:
     """Returns the leaves of ``tree`` that are prunable.
 
@@ -184,8 +249,10 @@ def prunable_leaves(tree: PyTree, prunable: Prunable = None) -> list[Leaf]:
     flat, _ = jax.tree_util.tree_flatten_with_path(tree)
     leaves = [Leaf(i, path_of(keys), value) for i, (keys, value) in enumerate(flat)]
     eligible = [x for x in leaves if is_inexact(x.value) and len(x.shape) > 0]
-    accept = _acceptor(prunable, eligible)
-    chosen = [x for x in eligible if accept(x, flat[x.place][0])]
+    accept = selector(
+        prunable, eligible, "prunable", lambda x: _is_kernel(flat[x.place][0], x)
+    )
+    chosen = [x for x in eligible if accept(x)]
     if not chosen:
         rule = "the default rule" if prunable is None else f"{prunable!r}"
         raise ValueError(
@@ -193,18 +260,6 @@ def prunable_leaves(tree: PyTree, prunable: Prunable = None) -> list[Leaf]:
             "path pattern or a predicate (path, leaf) -> bool"
         )
     return chosen
-
-
-def _acceptor(
-    prunable: Prunable, leaves: Sequence[Leaf]
-) -> Callable[[Leaf, Sequence[Any]], bool]:
-    if prunable is None:
-        return lambda leaf, keys: _is_kernel(keys, leaf)
-    if callable(prunable):
-        return lambda leaf, _: bool(prunable(leaf.path, leaf.value))
-    patterns = (prunable,) if isinstance(prunable, str) else tuple(prunable)
-    check_patterns(patterns, leaves, "prunable")
-    return lambda leaf, _: any(matches(p, leaf.path) for p in patterns)
 
 
 def _is_kernel(keys: Sequence[Any], leaf: Leaf) -> bool:

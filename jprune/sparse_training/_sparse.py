@@ -139,14 +139,14 @@ def _where_unbroken(
     params: Params, unbroken: Masks, inner: PyTree, fresh: PyTree
 ) -> PyTree:
     """Returns the inner state with fresh moments where a life was not unbroken."""
-    place_of = _Places(params)
+    owner_of = trees.Owners(params)
     masks = jax.tree.leaves(unbroken)
 
     def leaf(keys: Sequence[Any], value: Any, fresh: Any) -> Any:
-        place = None if _state.is_holder(value) else place_of(keys, np.shape(value))
-        if place is None or not np.ndim(masks[place]):
+        owner = None if _state.is_holder(value) else owner_of(keys, np.shape(value))
+        if owner is None or not np.ndim(masks[owner.place]):
             return value
-        return jnp.where(masks[place], value, fresh)
+        return jnp.where(masks[owner.place], value, fresh)
 
     return jax.tree_util.tree_map_with_path(
         leaf, inner, fresh, is_leaf=_state.is_holder
@@ -194,38 +194,20 @@ def _count_stray(params: Params, masks: Masks) -> Array:
 
 
 def _check_moments(params: Params, masks: Masks, inner: optax.OptState) -> None:
-    place_of = _Places(params)
-    leaves, all_masks = trees.leaves_of(params), jax.tree.leaves(masks)
+    owner_of = trees.Owners(params)
+    all_masks = jax.tree.leaves(masks)
     flat, _ = jax.tree_util.tree_flatten_with_path(inner, is_leaf=_state.is_holder)
     for keys, value in flat:
-        place = None if _state.is_holder(value) else place_of(keys)
-        if place is None or not np.ndim(all_masks[place]):
+        owner = None if _state.is_holder(value) else owner_of(keys)
+        if owner is None or not np.ndim(all_masks[owner.place]):
             continue
         shape = np.shape(value)
-        if np.size(value) > 1 and shape != leaves[place].shape:
+        if np.size(value) > 1 and shape != owner.shape:
             raise ValueError(
                 f"tx: its state {trees.path_of(keys)!r} has shape {shape}, but the "
-                f"parameter {leaves[place].path!r} has {leaves[place].shape}; moments "
-                "of single weights cannot be fresh. Accept it with approximate=True"
+                f"parameter {owner.path!r} has {owner.shape}; moments of single "
+                "weights cannot be fresh. Accept it with approximate=True"
             )
-
-
-class _Places:
-    """Finds the parameter that a leaf of an optimiser's state belongs to."""
-
-    def __init__(self, params: Params):
-        self.leaves = {leaf.path: leaf for leaf in trees.leaves_of(params)}
-
-    def __call__(
-        self, keys: Sequence[Any], shape: tuple[int, ...] | None = None
-    ) -> int | None:
-        names = trees.path_of(keys).split("/")
-        ends = ("/".join(names[i:]) for i in range(len(names) + 1))
-        for end in ends:
-            leaf = self.leaves.get(end)
-            if leaf is not None and (shape is None or leaf.shape == shape):
-                return leaf.place
-        return None
 
 
 def _zeros_like(param: Any) -> Any:

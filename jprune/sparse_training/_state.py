@@ -74,8 +74,8 @@ class SparseState(NamedTuple):
 
     Attributes:
         inner: the state of the transformation that it finishes.
-        stray: how many non-zero weights have arrived outside the masks, at the second
-            update and at every 64th from there, all together.
+        stray: how many non-zero weights have arrived outside the masks, at updates of
+            the masks, at the second update and at every 64th from there, all together.
     """
 
     inner: optax.OptState
@@ -93,7 +93,7 @@ def is_holder(node: Any) -> bool:
 
 
 def with_holders(
-    opt_state: optax.OptState, states: Sequence[MaskState]
+    opt_state: optax.OptState, states: Sequence[MaskState | Settled]
 ) -> optax.OptState:
     """Returns ``opt_state`` with other states of its holders, in their order."""
     rest = iter(states)
@@ -106,11 +106,7 @@ def with_holders(
 
 def settle(opt_state: optax.OptState, *, counted: Bool[Array, ""]) -> optax.OptState:
     """Wraps the states of holders, see :class:`Settled`."""
-    return jax.tree.map(
-        lambda node: Settled(node, counted) if is_holder(node) else node,
-        opt_state,
-        is_leaf=is_holder,
-    )
+    return with_holders(opt_state, [Settled(x, counted) for x in holders(opt_state)])
 
 
 def unsettle(opt_state: optax.OptState) -> optax.OptState:
@@ -186,15 +182,13 @@ def forward_params(params: Params, opt_state: optax.OptState) -> Params:
         >>> float(forward_params(params, opt_state)["kernel"].sum())
         4.0
     """
-    masked = [Storage.LATENT] if _finished(opt_state) else _MASKED
-    masks = masks_stored(opt_state, *masked)
+    # Inside sparse, what is stored sparse is zero already.
+    hidden = [] if _finished(opt_state) else [Storage.SPARSE]
+    masks = masks_stored(opt_state, Storage.LATENT, *hidden)
     masks_lib.check(masks, params)
     return jax.tree.map(
         lambda p, m: _straight_through(p, m) if np.ndim(m) else p, params, masks
     )
-
-
-_MASKED = (Storage.SPARSE, Storage.LATENT)
 
 
 @jax.custom_jvp

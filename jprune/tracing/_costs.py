@@ -10,7 +10,7 @@ from jaxtyping import ArrayLike
 
 from jprune import masks as masks_lib
 from jprune import trees
-from jprune.tracing import _jax_api, _trace
+from jprune.tracing import _jax_api
 from jprune.tracing._contractions import DATA, Contraction, Origin, Walk
 from jprune.tracing._couplings import is_statistic
 from jprune.types import ApplyFn, Masks, Params, Prunable
@@ -210,7 +210,7 @@ def cost(
     rest = [DATA] * (len(variables) - len(leaves))
     _, found = Walk(unknown).run(closed, [*args, *rest])
     kept = [leaf.size for leaf in leaves] if masks is None else _kept(masks, params)
-    still = _trace.matcher(statistics, leaves, "statistics", is_statistic)
+    still = trees.selector(statistics, leaves, "statistics", is_statistic)
     rows = {}
     for leaf, living in zip(leaves, kept, strict=True):
         itemsize = _jax_api.aval(variables[leaf.place]).dtype.itemsize

@@ -83,7 +83,7 @@ def couplings(
     """
     if how not in _HOW:
         raise ValueError(f"how: {how!r} is none of {_HOW}")
-    still = _trace.matcher(
+    still = trees.selector(
         statistics, trees.leaves_of(params), "statistics", is_statistic
     )
 

@@ -74,17 +74,11 @@ class Shrunk:
             >>> jax.tree.map(jnp.shape, small.take(moments))
             ({'a': (3, 3), 'b': (3, 2)}, {'count': ()})
         """
-        leaves = trees.leaves_of(self.tree)
-        full = {leaf.path.removeprefix("params/"): leaf for leaf in leaves}
-        full |= {leaf.path: leaf for leaf in leaves}
+        owner_of = trees.Owners(self.tree, optional="params/")
 
         def leaf(keys: Sequence[Any], value: Any) -> Any:
-            names = trees.path_of(keys).split("/")
-            for start in range(len(names)):
-                owner = full.get("/".join(names[start:]))
-                if owner is not None and owner.shape == tuple(np.shape(value)):
-                    return _cut(value, self.kept[owner.path])
-            return value
+            owner = owner_of(keys, np.shape(value))
+            return value if owner is None else _cut(value, self.kept[owner.path])
 
         return jax.tree_util.tree_map_with_path(leaf, tree)
 

@@ -85,7 +85,7 @@ def trace(
     args += [_values.fixed(_jax_api.aval(var)) for var in variables[len(leaves) :]]
     frame = analyse(graph, closed.jaxpr, closed.consts, args)
     results = trees.leaves_of(outputs)
-    shrinks = matcher(mutable, results, "mutable", lambda leaf: False)
+    shrinks = trees.selector(mutable, results, "mutable", lambda leaf: False)
     frame = frame._replace(
         outs=[
             graph.resolve(value)
@@ -131,23 +131,3 @@ def _warn_of_constants(consts: Iterable[Any]) -> None:
                 "constant, and is neither pruned nor trained",
                 stacklevel=4,
             )
-
-
-def matcher(
-    given: Prunable,
-    leaves: Sequence[trees.Leaf],
-    name: str,
-    default: Callable[[trees.Leaf], bool],
-) -> Callable[[trees.Leaf], bool]:
-    """Returns the predicate on leaves that patterns, a predicate or None mean.
-
-    Raises:
-        ValueError: a pattern matches none of ``leaves``; the message holds ``name``.
-    """
-    if given is None:
-        return default
-    if callable(given):
-        return lambda leaf: bool(given(leaf.path, leaf.value))
-    patterns = (given,) if isinstance(given, str) else tuple(given)
-    trees.check_patterns(patterns, leaves, name)
-    return lambda leaf: any(trees.matches(p, leaf.path) for p in patterns)

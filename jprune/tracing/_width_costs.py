@@ -122,7 +122,7 @@ def cost_of_widths(
         counts = np.bincount(owned, minlength=len(sizes))
         return _Length(size - owned.size, counts / sizes)
 
-    still = _trace.matcher(
+    still = trees.selector(
         statistics, traced.leaves, "statistics", _couplings.is_statistic
     )
     parameters = _polynomial(
